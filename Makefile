@@ -1,0 +1,36 @@
+# The product in two commands: `make demo` and `make test`. Each target makes its own virtual environment.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo dev test check format clean
+
+demo: $(READY)   ## the main job on an embedded stack, in under a minute
+	@$(BIN)/perennial demo $(if $(DEMO_EVENTS),--events "$(DEMO_EVENTS)") $(ARGS)
+
+dev: $(READY)    ## the embedded stack, until Ctrl-C; state is kept in .perennial/
+	@$(BIN)/perennial dev $(ARGS)
+
+test: $(READY)   ## all tests, on real servers
+	$(BIN)/pytest $(ARGS)
+
+check: $(READY)  ## format, lint, types, import direction
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## put the code into the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:           ## remove the virtual environment and the state of the embedded stack
+	rm -rf $(VENV) .perennial
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "perennial needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.11 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing perennial into $(VENV) (about a minute, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,dev]'
+	@touch $@

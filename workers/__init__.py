@@ -1,0 +1,1 @@
+"""The processes: ingest, agent worker, model worker, the command line, the embedded stack."""

@@ -1,0 +1,1 @@
+"""What an agent is and decides: deterministic, without I/O."""
