@@ -1,0 +1,71 @@
+"""Events in and replies out: CloudEvents 1.0 as pydantic models.
+
+`Event` is what the mailbox takes; `Delivery` is the argument of the `deliver` signal; `Outgoing` is what the publish
+activity puts on a topic. How they look on the wire (Kafka binding, structured and binary mode) is not known here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import datetime
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+
+class Event(BaseModel):
+    """One CloudEvent addressed to an agent. Attributes as in CloudEvents 1.0; unknown extensions are kept."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+    type: str = Field(min_length=1)
+    subject: str | None = None
+    time: datetime | None = None
+    datacontenttype: str | None = None
+    data: JsonValue = None
+    extensions: dict[str, str] = Field(default_factory=dict)
+    """Extension attributes, as strings: tenant, agent, priority, traceparent and any other."""
+
+    @property
+    def digest(self) -> str:
+        """The event's identity, (source, id), in 32 characters: what an agent remembers of events it has seen."""
+        return event_digest(self.source, self.id)
+
+
+def event_digest(source: str, event_id: str) -> str:
+    """128 bits of the SHA-256 of (source, id), in hexadecimal. The pair is an event's identity (CloudEvents 1.0, 3.1)."""
+    return hashlib.sha256(json.dumps([source, event_id]).encode()).hexdigest()[:32]
+
+
+class EventReference(BaseModel):
+    """The identity of an event, without its data."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    id: str
+    type: str = ""
+
+
+class Delivery(BaseModel):
+    """Events for one agent, in the order of their partition; the argument of the `deliver` signal."""
+
+    events: list[Event]
+
+
+class Outgoing(BaseModel):
+    """An event that Perennial produces, ready for a topic.
+
+    The id is deterministic: published again on a retry, it is the same, and consumers drop the repetition.
+    """
+
+    topic: str
+    id: str
+    type: str
+    source: str
+    subject: str | None = None
+    time: datetime
+    extensions: dict[str, str] = Field(default_factory=dict)
+    data: JsonValue = None

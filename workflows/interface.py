@@ -1,0 +1,112 @@
+"""What an agent may ask of the world: the activities' signatures, and how each is called.
+
+The workflow owns the signatures; `activities/` implements them. Beside each stands its options (timeouts, retries),
+so that an operator finds every timeout in this file. Task queues are the exception: activities run on the agent's
+own queue, model calls on `names.model_queue` of it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from datetime import timedelta
+
+from temporalio import activity
+from temporalio.common import RetryPolicy
+from temporalio.workflow import ActivityConfig, LocalActivityConfig
+
+from workflows.messages import (
+    Decision,
+    PublishRequest,
+    Reply,
+    ReplyRequest,
+    SpecRequest,
+    ThinkRequest,
+    ToolRequest,
+    ToolResult,
+)
+from workflows.spec import ControlSpec
+from workflows.state import AgentState, Snapshot
+
+HEARTBEAT = timedelta(seconds=10)
+"""An activity that has not been heard of for so long is taken for dead, and made again elsewhere."""
+
+THINK = ActivityConfig(
+    start_to_close_timeout=timedelta(minutes=10),
+    schedule_to_close_timeout=timedelta(days=1),  # then the turn fails, and its owner is told
+    heartbeat_timeout=HEARTBEAT,
+    retry_policy=RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(minutes=2)),
+)
+PUBLISH = ActivityConfig(
+    start_to_close_timeout=timedelta(minutes=2),
+    heartbeat_timeout=HEARTBEAT,
+    retry_policy=RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30)),
+)
+LEDGER = ActivityConfig(
+    start_to_close_timeout=timedelta(seconds=30),
+    retry_policy=RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30)),
+)
+LEDGER_LOCAL = LocalActivityConfig(
+    start_to_close_timeout=timedelta(seconds=5),
+    retry_policy=RetryPolicy(initial_interval=timedelta(milliseconds=100), maximum_attempts=3),
+)
+"""The first tries at a quick ledger call, within the workflow task; what fails here is made again under `LEDGER`."""
+TOOL_RETRIES = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(minutes=1))
+"""Between the tries of a repeatable tool; how many there are, the spec says."""
+
+
+class ModelActivities(ABC):
+    """Model calls; served by the model worker."""
+
+    @activity.defn(name="think")
+    @abstractmethod
+    async def think(self, request: ThinkRequest) -> Decision:
+        """Make one model call, record it in the ledger, and return what was decided.
+
+        Idempotent on (workflow id, turn, step): a call that is recorded already is not made again.
+        """
+
+
+class ToolActivities(ABC):
+    """The agent's tools; served by the agent worker."""
+
+    @activity.defn(name="run_tool")
+    @abstractmethod
+    async def run_tool(self, request: ToolRequest) -> ToolResult:
+        """Run one tool call. What the tool refuses is a result; what breaks is raised, and tried again if it may be."""
+
+
+class LedgerActivities(ABC):
+    """The agent's control state in the ledger; served by the agent worker."""
+
+    @activity.defn(name="wake")
+    @abstractmethod
+    async def wake(self, workflow_id: str) -> AgentState | None:
+        """The state an agent left when it was last open, or None when it is new."""
+
+    @activity.defn(name="keep_snapshot")
+    @abstractmethod
+    async def keep_snapshot(self, snapshot: Snapshot) -> None:
+        """Keep the state of an agent whose workflow is about to close."""
+
+    @activity.defn(name="find_reply")
+    @abstractmethod
+    async def find_reply(self, request: ReplyRequest) -> Reply | None:
+        """The reply of a turn that has ended, rebuilt from its entries."""
+
+
+class SpecActivities(ABC):
+    """The agents' definitions; served by the agent worker."""
+
+    @activity.defn(name="load_spec")
+    @abstractmethod
+    async def load_spec(self, request: SpecRequest) -> ControlSpec | None:
+        """The agent's newest spec, or None when the known one is the newest."""
+
+
+class PublishActivities(ABC):
+    """Events out; served by the agent worker."""
+
+    @activity.defn(name="publish")
+    @abstractmethod
+    async def publish(self, request: PublishRequest) -> None:
+        """Put events on their topics, in order; returns when the broker has all of them."""

@@ -1,0 +1,67 @@
+"""The mailbox: events accepted and not yet taken, and the ids of those seen before. Pure.
+
+`accept` drops what was seen before (DESIGN.md, P1), `take` hands out a turn's worth in the order of arrival (P2). The
+mailbox is part of the state that goes through continue-as-new and into the snapshot, so what it has seen it has seen
+for ever, up to its horizon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pydantic import BaseModel, Field
+
+from workflows import names
+from workflows.events import Event
+
+
+class Mailbox(BaseModel):
+    """Events of one agent that wait, and the digests of those it has accepted."""
+
+    waiting: list[Event] = Field(default_factory=list)
+    seen: dict[str, int] = Field(default_factory=dict)
+    """Digest of each accepted event, oldest first, to the turn that took it; 0 while it waits."""
+    accepted: int = 0
+    duplicates: int = 0
+
+    def accept(self, events: Iterable[Event], *, horizon: int) -> list[Event]:
+        """Put new events at the end and return those that were duplicates.
+
+        Args:
+            events: in the order of their partition.
+            horizon: how many ids are remembered; events still waiting are never forgotten.
+        """
+        duplicates = []
+        for event in events:
+            if event.digest in self.seen:
+                duplicates.append(event)
+                continue
+            self.seen[event.digest] = 0
+            self.waiting.append(event)
+            self.accepted += 1
+        self.duplicates += len(duplicates)
+        self._forget(horizon)
+        return duplicates
+
+    def take(self, turn: int, limit: int) -> list[Event]:
+        """Take the next events for a turn: at most `limit`, and a question always alone, since a person waits for it."""
+        count = 0
+        for event in self.waiting[:limit]:
+            is_question = event.type == names.ASK_TYPE
+            if not (is_question and count):
+                count += 1
+            if is_question:
+                break
+        taken, self.waiting = self.waiting[:count], self.waiting[count:]
+        for event in taken:
+            self.seen[event.digest] = turn
+        return taken
+
+    def turn_of(self, digest: str) -> int | None:
+        """The turn that took an event, 0 while it waits, None when it was never seen or is forgotten."""
+        return self.seen.get(digest)
+
+    def _forget(self, horizon: int) -> None:
+        surplus = len(self.seen) - horizon
+        for digest in [digest for digest, turn in list(self.seen.items())[: max(surplus, 0)] if turn]:
+            del self.seen[digest]

@@ -1,0 +1,211 @@
+"""What activities take and give: the data that crosses the border between the workflow and the world.
+
+Everything here is carried in workflow histories, so fields are only ever added, with defaults; unknown ones are
+ignored. Conversations never pass through here: the workflow knows the ledger's newest entry (`head`), not its text.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from workflows.events import Event, EventReference, Outgoing
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Usage(_Message):
+    """Tokens a model call used; names as in OpenTelemetry's GenAI conventions (gen_ai.usage.*)."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        """The sum of both."""
+        return Usage(
+            input_tokens=self.input_tokens + other.input_tokens,
+            output_tokens=self.output_tokens + other.output_tokens,
+        )
+
+
+class ToolCall(_Message):
+    """A tool call the model asked for."""
+
+    id: str
+    """The model's id of the call, which its result must name."""
+    name: str
+    arguments: str = "{}"
+    """JSON text, as the model wrote it: it may be wrong, and then the model is told."""
+
+
+class ToolOutcome(StrEnum):
+    """How a tool call ended."""
+
+    OK = "ok"
+    ERROR = "error"
+    """The tool, or the check of its arguments, refused; the content says why."""
+    UNKNOWN = "unknown"
+    """The call may or may not have taken effect, and must not be repeated."""
+
+
+class ToolResult(_Message):
+    """What a tool call came to, as the model is shown it."""
+
+    call_id: str
+    name: str
+    content: str
+    outcome: ToolOutcome = ToolOutcome.OK
+
+
+class ThinkRequest(_Message):
+    """One model call: the context of `head`, plus what is new, to a decision."""
+
+    workflow_id: str
+    turn: int
+    step: int
+    head: str | None
+    """The agent's newest entry, or None at the beginning of its life."""
+    spec_digest: str
+    events: list[Event] = Field(default_factory=list)
+    results: list[ToolResult] = Field(default_factory=list)
+    tools_allowed: bool = True
+    """False in the last step a turn may take: the model has to answer."""
+
+
+class Decision(_Message):
+    """What the model decided: to answer, to call tools, or both."""
+
+    head: str
+    """The entry that records this step."""
+    text: str = ""
+    tool_calls: list[ToolCall] = Field(default_factory=list)
+    usage: Usage = Usage()
+    model: str = ""
+    """The model that answered, as it names itself (gen_ai.response.model)."""
+    rehearsal: bool = False
+    """True when no real model answered but the rehearsal endpoint."""
+    error: str | None = None
+    """Why there is no answer: the request itself was refused, and no repetition would help."""
+
+
+class ToolRequest(_Message):
+    """One tool call to run."""
+
+    workflow_id: str
+    turn: int
+    call: ToolCall
+    spec_digest: str
+    idempotency_key: str
+
+
+class ReplyRequest(_Message):
+    """Asks for the reply of a turn that has ended."""
+
+    workflow_id: str
+    turn: int
+
+
+class SpecRequest(_Message):
+    """Asks for the newest spec of an agent, if it is not the known one."""
+
+    tenant: str
+    agent: str
+    known_digest: str = ""
+
+
+class TurnOutcome(StrEnum):
+    """How a turn ended."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+class TurnSummary(_Message):
+    """What a turn came to: the data of the `perennial.turn.*` lifecycle events."""
+
+    agent: str
+    turn: int
+    outcome: TurnOutcome
+    seconds: float
+    """From the moment its events were taken until its answer was decided."""
+    events: int = 0
+    steps: int = 0
+    tool_calls: int = 0
+    usage: Usage = Usage()
+    error: str | None = None
+
+
+class PublishRequest(_Message):
+    """Replies and lifecycle events to put on their topics, in order."""
+
+    messages: list[Outgoing]
+
+
+class Reply(_Message):
+    """An agent's answer: the data of a `perennial.reply.v1` event, and what `ask` returns."""
+
+    id: str
+    workflow_id: str
+    turn: int
+    text: str
+    outcome: TurnOutcome = TurnOutcome.COMPLETED
+    error: str | None = None
+    """Why there is no answer, when the turn failed."""
+    answers: list[EventReference] = Field(default_factory=list)
+    usage: Usage = Usage()
+    steps: int = 0
+    tool_calls: int = 0
+    model: str = ""
+    rehearsal: bool = False
+    entry: str | None = None
+    """The ledger entry that holds the answer."""
+
+
+class AskRequest(_Message):
+    """A question from a person who waits for the answer: the argument of the `ask` update."""
+
+    text: str = Field(min_length=1)
+    id: str = ""
+    """Names the question: asked again with the same id and source, it is not answered twice. Empty: a new one."""
+    source: str = "perennial/ask"
+
+
+class Intervention(_Message):
+    """Who pauses, resumes or stops an agent, and why; recorded with the change."""
+
+    by: str = ""
+    reason: str = ""
+
+
+class RecentItem(_Message):
+    """A line of an agent's recent life, for the Web UI and `status`."""
+
+    at: datetime
+    text: str
+
+
+class Status(_Message):
+    """What the `status` query answers."""
+
+    workflow_id: str
+    doing: str
+    """What the agent does now, in words."""
+    state: str
+    """idle, working, paused or stopping."""
+    turn: int
+    head: str | None
+    waiting: int
+    """Events accepted and not yet taken into a turn."""
+    accepted: int
+    duplicates: int
+    replies: int
+    failed_turns: int
+    model_calls: int
+    tool_calls: int
+    usage: Usage
+    spec_digest: str
+    recent: list[RecentItem]

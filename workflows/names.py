@@ -1,0 +1,103 @@
+"""Every string that outlives a release: workflow ids, reply ids, topics, queues, event types, handler names.
+
+Each is built by one function here and, where anything reads it, taken apart by its inverse. Changing a literal in
+this file breaks running agents; `tests/workflows/test_names.py` pins them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from urllib.parse import quote, unquote
+
+WORKFLOW_TYPE = "AgentWorkflow"
+
+# Signal, update and query names.
+DELIVER = "deliver"
+ASK = "ask"
+PAUSE = "pause"
+RESUME = "resume"
+STOP = "stop"
+STATUS = "status"
+
+# Topics (DESIGN.md, "Contracts that outlive a release").
+EVENTS_TOPIC = "agents.events"
+REPLIES_TOPIC = "agents.replies"
+ACTIVITY_TOPIC = "agents.activity"
+DEAD_LETTER_TOPIC = "agents.events.dlq"
+
+# Types of the events that Perennial itself produces.
+REPLY_TYPE = "perennial.reply.v1"
+TURN_COMPLETED_TYPE = "perennial.turn.completed.v1"
+TURN_FAILED_TYPE = "perennial.turn.failed.v1"
+DUPLICATE_TYPE = "perennial.event.duplicate.v1"
+AGENT_PAUSED_TYPE = "perennial.agent.paused.v1"
+AGENT_RESUMED_TYPE = "perennial.agent.resumed.v1"
+AGENT_STOPPED_TYPE = "perennial.agent.stopped.v1"
+ASK_TYPE = "perennial.ask.v1"
+
+# Search attributes, so that the Web UI can filter agents.
+TENANT_ATTRIBUTE = "PerennialTenant"
+AGENT_ATTRIBUTE = "PerennialAgent"
+STATE_ATTRIBUTE = "PerennialState"
+
+_ID_PREFIX = "agent"
+_MAX_ID_BYTES = 1000  # Temporal's limit.maxIDLength
+
+
+class Address(NamedTuple):
+    """Whom an event is for: one agent of one tenant, at one key."""
+
+    tenant: str
+    agent: str
+    key: str
+
+
+def workflow_id(address: Address) -> str:
+    """The workflow id of an agent: `agent/{tenant}/{agent}/{key}`, parts percent-encoded.
+
+    Raises:
+        ValueError: a part is empty, or the id would be longer than Temporal's 1,000 bytes.
+    """
+    for field, value in zip(address._fields, address, strict=True):
+        if not value:
+            raise ValueError(f"an agent's address needs a {field}; it is empty in {tuple(address)}")
+    text = "/".join((_ID_PREFIX, *(quote(part, safe="") for part in address)))
+    if len(text) > _MAX_ID_BYTES:
+        raise ValueError(f"the workflow id would be {len(text)} bytes long; Temporal takes {_MAX_ID_BYTES}")
+    return text
+
+
+def parse_workflow_id(text: str) -> Address:
+    """The address in a workflow id; the inverse of `workflow_id`.
+
+    Raises:
+        ValueError: the text is not an agent's workflow id.
+    """
+    parts = text.split("/")
+    if len(parts) != 1 + len(Address._fields) or parts[0] != _ID_PREFIX or not all(parts):
+        raise ValueError(f"{text!r} is not an agent's workflow id; expected agent/TENANT/AGENT/KEY")
+    return Address(*(unquote(part) for part in parts[1:]))
+
+
+def reply_id(agent: str, turn: int, number: int) -> str:
+    """The id of a turn's n-th reply, n counted from 0: `{workflow id}/{turn}/{n}`."""
+    return f"{agent}/{turn}/{number}"
+
+
+def lifecycle_id(agent: str, turn: int, what: str) -> str:
+    """The id of a lifecycle event; the same event, published again on a retry, has the same id."""
+    return f"{agent}/{turn}/{what}"
+
+
+def call_key(agent: str, turn: int, step: int, call: int | None = None) -> str:
+    """The idempotency key of a model call, or of the n-th tool call a step asked for.
+
+    It is sent on every retry of that call (DESIGN.md, P9).
+    """
+    key = f"{agent}/{turn}/{step}"
+    return key if call is None else f"{key}/{call}"
+
+
+def model_queue(task_queue: str) -> str:
+    """The task queue of the model calls of agents that live on `task_queue`."""
+    return f"{task_queue}.models"

@@ -1,0 +1,152 @@
+"""The agent's small control state: one model for continue-as-new, the snapshot and the `status` query.
+
+It never holds the conversation, only the ledger's newest entry (`head`). Every field has a default, so that a state
+written by an older release still loads.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from pydantic import BaseModel, Field
+
+from workflows.events import Event, EventReference, Outgoing
+from workflows.mailbox import Mailbox
+from workflows.messages import (
+    Decision,
+    Intervention,
+    RecentItem,
+    Reply,
+    Status,
+    ToolResult,
+    TurnOutcome,
+    Usage,
+)
+from workflows.spec import ControlSpec
+
+_RECENT = 10
+_RECENT_CHARACTERS = 160
+
+
+class CurrentTurn(BaseModel):
+    """The turn in progress: enough to go on with it in the next run."""
+
+    number: int
+    started: datetime
+    answers: list[EventReference] = Field(default_factory=list)
+    step: int = 1
+    """The next step to take, counted from 1."""
+    events: list[Event] = Field(default_factory=list)
+    """Events the model has not been shown yet."""
+    results: list[ToolResult] = Field(default_factory=list)
+    """Results of tool calls the model has not been shown yet."""
+    usage: Usage = Usage()
+    tool_calls: int = 0
+
+
+class AgentState(BaseModel):
+    """What an agent knows of itself, besides what it has said and heard."""
+
+    mailbox: Mailbox = Field(default_factory=Mailbox)
+    head: str | None = None
+    turn: int = 0
+    """The number of the newest turn; it only ever grows, since entries are keyed by it."""
+    current: CurrentTurn | None = None
+    spec: ControlSpec | None = None
+    paused: Intervention | None = None
+    outbox: list[Outgoing] = Field(default_factory=list)
+    """Events decided on and not yet published."""
+    usage: Usage = Usage()
+    model_calls: int = 0
+    tool_calls: int = 0
+    replies: int = 0
+    failed_turns: int = 0
+    recent: list[RecentItem] = Field(default_factory=list)
+
+    def begin_turn(self, now: datetime, limit: int) -> CurrentTurn:
+        """Take waiting events into a new turn."""
+        self.turn += 1
+        events = self.mailbox.take(self.turn, limit)
+        references = [EventReference(source=event.source, id=event.id, type=event.type) for event in events]
+        self.current = CurrentTurn(number=self.turn, started=now, answers=references, events=events)
+        for event in events:
+            self.note(now, f"← {event.type} {event.id}")
+        return self.current
+
+    def record_step(self, turn: CurrentTurn, decision: Decision) -> None:
+        """Note what a step decided: the new head, and what it cost."""
+        self.head = decision.head
+        self.usage += decision.usage
+        self.model_calls += 1
+        turn.usage += decision.usage
+        turn.step += 1
+        turn.events = []
+        turn.results = []
+
+    def record_tools(self, turn: CurrentTurn, results: list[ToolResult]) -> None:
+        """Note the results of a step's tool calls, for the model to see in the next step."""
+        turn.results = results
+        turn.tool_calls += len(results)
+        self.tool_calls += len(results)
+
+    def end_turn(self, now: datetime, reply: Reply) -> None:
+        """Note the turn's answer; the next turn may begin."""
+        self.current = None
+        self.replies += 1
+        self.failed_turns += reply.outcome is TurnOutcome.FAILED
+        self.note(now, f"→ {reply.text or reply.error}")
+
+    def note(self, now: datetime, text: str) -> None:
+        """Remember a line of the agent's recent life, shortened."""
+        line = " ".join(text.split())
+        if len(line) > _RECENT_CHARACTERS:
+            line = line[: _RECENT_CHARACTERS - 1] + "…"
+        self.recent = [*self.recent, RecentItem(at=now, text=line)][-_RECENT:]
+
+    def activity(self) -> tuple[str, str]:
+        """The agent's state in one word (working, paused, idle) and in a sentence."""
+        if self.current is not None:
+            kinds = ", ".join(sorted({reference.type for reference in self.current.answers}))
+            return "working", f"turn {self.current.number}, step {self.current.step}: {kinds}"
+        if self.paused is not None:
+            who = f" by {self.paused.by}" if self.paused.by else ""
+            why = f": {self.paused.reason}" if self.paused.reason else ""
+            return "paused", f"paused{who}{why}; {len(self.mailbox.waiting)} events wait"
+        if self.mailbox.waiting:
+            return "working", f"about to take {len(self.mailbox.waiting)} waiting events"
+        return "idle", "waiting for events"
+
+    def status(self, workflow_id: str) -> Status:
+        """The answer of the `status` query."""
+        state, doing = self.activity()
+        return Status(
+            workflow_id=workflow_id,
+            state=state,
+            doing=doing,
+            turn=self.turn,
+            head=self.head,
+            waiting=len(self.mailbox.waiting),
+            accepted=self.mailbox.accepted,
+            duplicates=self.mailbox.duplicates,
+            replies=self.replies,
+            failed_turns=self.failed_turns,
+            model_calls=self.model_calls,
+            tool_calls=self.tool_calls,
+            usage=self.usage,
+            spec_digest=self.spec.digest if self.spec else "",
+            recent=self.recent,
+        )
+
+
+class AgentInput(BaseModel):
+    """The workflow's argument: empty when an agent is started, its state when it continues as new."""
+
+    state: AgentState | None = None
+
+
+class Snapshot(BaseModel):
+    """An agent's state as it is kept when its workflow closes."""
+
+    workflow_id: str
+    run_id: str
+    state: AgentState
