@@ -49,7 +49,8 @@ class Settings(BaseSettings):
     temporal_api_key: str | None = Field(None, description="API key of the Temporal namespace (turns TLS on)")
     temporal_tls: bool = Field(default=False, description="connect to Temporal with TLS")
     task_queue: Annotated[str, Field(min_length=1)] = Field(
-        "perennial", description="Temporal task queue of the agents; model calls use the queue of that name + `.models`"
+        "perennial",
+        description="Temporal task queue of the agents; model calls use the queue of that name + `.models`",
     )
 
     kafka_bootstrap: str = Field("127.0.0.1:9092", description="Kafka bootstrap servers, host:port, comma separated")
@@ -67,7 +68,8 @@ class Settings(BaseSettings):
     specs: Path = Field(Path("deploy/agents"), description="folder with the agents' specs, *.yaml")
     models: Path | None = Field(None, description="models.yaml with pools and routes; without it, the environment")
     rehearsal_url: str | None = Field(
-        None, description="rehearsal endpoint to use when no model provider is configured (set by the embedded stack)"
+        None,
+        description="rehearsal endpoint to use when no model provider is configured (set by the embedded stack)",
     )
 
     state_dir: Path = Field(Path(".perennial"), description="where the embedded stack keeps its state and logs")
@@ -97,7 +99,7 @@ class Settings(BaseSettings):
             return cls(_env_file=stack_file if stack_file.is_file() else None)
         except ValidationError as error:
             lines = [
-                f"  {PREFIX}{'.'.join(str(part) for part in fault['loc']).upper()}: {fault['msg']} (got {fault['input']!r})"
+                f"  {PREFIX}{str(fault['loc'][0]).upper()}: {fault['msg']} (got {fault['input']!r})"
                 for fault in error.errors()
             ]
             raise SettingsError(

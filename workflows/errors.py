@@ -4,8 +4,8 @@
     Remedy.RETRY_ELSEWHERE  another pool of the route may take the call; when none does, it is retried later
     Remedy.FINAL            no repetition helps: the turn fails, and the agent or its owner is told
 
-Activities pick a remedy here and raise `activity_error`; the workflow reads the message with `failure_message`. A failure that an
-operator can mend (a wrong key, an empty account, a missing database) is never final: mail must not be lost to it.
+Activities pick a remedy here and raise `activity_error`; the workflow reads the message with `failure_message`. What
+an operator can mend (a wrong key, an empty account, a missing database) is never final: mail must not be lost to it.
 """
 
 from __future__ import annotations

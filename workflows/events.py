@@ -35,7 +35,7 @@ class Event(BaseModel):
 
 
 def event_digest(source: str, event_id: str) -> str:
-    """128 bits of the SHA-256 of (source, id), in hexadecimal. The pair is an event's identity (CloudEvents 1.0, 3.1)."""
+    """128 bits of the SHA-256 of (source, id), in hexadecimal; that pair is an event's identity (CloudEvents 1.0)."""
     return hashlib.sha256(json.dumps([source, event_id]).encode()).hexdigest()[:32]
 
 
@@ -47,6 +47,11 @@ class EventReference(BaseModel):
     source: str
     id: str
     type: str = ""
+
+    @property
+    def digest(self) -> str:
+        """As `Event.digest`."""
+        return event_digest(self.source, self.id)
 
 
 class Delivery(BaseModel):
@@ -68,4 +73,4 @@ class Outgoing(BaseModel):
     subject: str | None = None
     time: datetime
     extensions: dict[str, str] = Field(default_factory=dict)
-    data: JsonValue = None
+    data: dict[str, JsonValue] = Field(default_factory=dict)

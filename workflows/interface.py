@@ -12,7 +12,7 @@ from datetime import timedelta
 
 from temporalio import activity
 from temporalio.common import RetryPolicy
-from temporalio.workflow import ActivityConfig, LocalActivityConfig
+from typing_extensions import TypedDict
 
 from workflows.messages import (
     Decision,
@@ -24,34 +24,58 @@ from workflows.messages import (
     ToolRequest,
     ToolResult,
 )
-from workflows.spec import ControlSpec
+from workflows.spec import ControlSpec, ToolControl
 from workflows.state import AgentState, Snapshot
+
+
+class CallOptions(TypedDict, total=False):
+    """How an activity is called: the part of Temporal's `ActivityConfig` that does not depend on the call."""
+
+    schedule_to_close_timeout: timedelta
+    start_to_close_timeout: timedelta
+    heartbeat_timeout: timedelta
+    retry_policy: RetryPolicy
+
+
+class LocalCallOptions(TypedDict, total=False):
+    """How a local activity is called."""
+
+    start_to_close_timeout: timedelta
+    retry_policy: RetryPolicy
+
 
 HEARTBEAT = timedelta(seconds=10)
 """An activity that has not been heard of for so long is taken for dead, and made again elsewhere."""
 
-THINK = ActivityConfig(
+THINK = CallOptions(
     start_to_close_timeout=timedelta(minutes=10),
     schedule_to_close_timeout=timedelta(days=1),  # then the turn fails, and its owner is told
     heartbeat_timeout=HEARTBEAT,
     retry_policy=RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(minutes=2)),
 )
-PUBLISH = ActivityConfig(
+PUBLISH = CallOptions(
     start_to_close_timeout=timedelta(minutes=2),
     heartbeat_timeout=HEARTBEAT,
     retry_policy=RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30)),
 )
-LEDGER = ActivityConfig(
+LEDGER = CallOptions(
     start_to_close_timeout=timedelta(seconds=30),
     retry_policy=RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30)),
 )
-LEDGER_LOCAL = LocalActivityConfig(
+LEDGER_LOCAL = LocalCallOptions(
     start_to_close_timeout=timedelta(seconds=5),
     retry_policy=RetryPolicy(initial_interval=timedelta(milliseconds=100), maximum_attempts=3),
 )
 """The first tries at a quick ledger call, within the workflow task; what fails here is made again under `LEDGER`."""
-TOOL_RETRIES = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(minutes=1))
-"""Between the tries of a repeatable tool; how many there are, the spec says."""
+
+
+def tool_retries(tool: ToolControl) -> RetryPolicy:
+    """How often a tool is tried: once when it must not be repeated, else as often as the spec says."""
+    return RetryPolicy(
+        initial_interval=timedelta(seconds=1),
+        maximum_interval=timedelta(minutes=1),
+        maximum_attempts=tool.attempts if tool.repeatable else 1,
+    )
 
 
 class ModelActivities(ABC):

@@ -44,7 +44,7 @@ class Mailbox(BaseModel):
         return duplicates
 
     def take(self, turn: int, limit: int) -> list[Event]:
-        """Take the next events for a turn: at most `limit`, and a question always alone, since a person waits for it."""
+        """Take the next events for a turn: at most `limit`, and a question alone, since a person waits for it."""
         count = 0
         for event in self.waiting[:limit]:
             is_question = event.type == names.ASK_TYPE

@@ -127,10 +127,27 @@ class ResolvedSpec(BaseModel):
 
     name: str
     tenant: str
+    description: str = ""
     instructions: str
     route: str = "default"
     tools: list[ToolDefinition] = Field(default_factory=list)
+    budget: BudgetSpec = BudgetSpec()
+    mailbox: MailboxSpec = MailboxSpec()
     context: ContextSpec = ContextSpec()
+    hibernate_after: timedelta | None = None
+
+    def control(self, digest: str) -> ControlSpec:
+        """What the workflow decides by; the digest is that of this spec."""
+        return ControlSpec(
+            digest=digest,
+            budget=self.budget,
+            mailbox=self.mailbox,
+            hibernate_after=self.hibernate_after,
+            tools={
+                tool.name: ToolControl(timeout=tool.timeout, repeatable=tool.repeatable, attempts=tool.attempts)
+                for tool in self.tools
+            },
+        )
 
 
 class ToolControl(BaseModel):
@@ -150,7 +167,6 @@ class ControlSpec(BaseModel):
 
     digest: str
     """SHA-256 of the canonical encoding of the `ResolvedSpec`, under which the ledger keeps it."""
-    description: str = ""
     budget: BudgetSpec = BudgetSpec()
     mailbox: MailboxSpec = MailboxSpec()
     hibernate_after: timedelta | None = None

@@ -1,0 +1,112 @@
+"""Every metric of ours: name, unit, labels, buckets. Call the functions; they are safe from any thread.
+
+Names and units follow Prometheus' conventions (base units, `_total` for counters). Labels are closed sets: topics,
+outcomes, reasons, pools, models and agents' names (as many as there are specs); never an agent's key, an event's id or
+an error's text. Workflow code does not count anything: replay would count twice.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from workflows.messages import Usage
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+_EVENTS_RECEIVED = Counter("perennial_events_received_total", "Records read from Kafka.", ["topic"])
+_EVENTS_ACCEPTED = Counter("perennial_events_accepted_total", "Events durably handed to an agent.", ["topic"])
+_EVENTS_SKIPPED = Counter("perennial_events_skipped_total", "Events of a shared topic that no agent wants.", ["topic"])
+_EVENTS_DUPLICATE = Counter("perennial_events_duplicate_total", "Events an agent had seen before.", ["agent"])
+_DEAD_LETTERS = Counter("perennial_dead_letters_total", "Records written to the dead-letter topic.", ["reason"])
+_DELIVERY_SECONDS = Histogram(
+    "perennial_delivery_seconds", "Time Temporal took to accept a delivery.", buckets=_SECONDS
+)
+_DELIVERY_EVENTS = Histogram(
+    "perennial_delivery_events", "Events in one delivery.", buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500)
+)
+_INGEST_LAG = Gauge("perennial_ingest_lag_records", "Records not yet accepted.", ["topic", "partition"])
+_IN_FLIGHT = Gauge("perennial_ingest_in_flight_deliveries", "Deliveries waiting for Temporal.")
+
+_TURNS = Counter("perennial_turns_total", "Turns that ended.", ["agent", "outcome"])
+_TURN_SECONDS = Histogram(
+    "perennial_turn_seconds", "From taking a turn's events to deciding its answer.", ["agent"], buckets=_SECONDS
+)
+_REPLIES = Counter("perennial_replies_total", "Replies published.", ["agent"])
+_TOOL_CALLS = Counter("perennial_tool_calls_total", "Tool calls that ended.", ["tool", "outcome"])
+_TOOL_SECONDS = Histogram("perennial_tool_call_seconds", "Duration of a tool call.", ["tool"], buckets=_SECONDS)
+
+_MODEL_CALLS = Counter("perennial_model_calls_total", "Model calls that ended.", ["pool", "model", "outcome"])
+_MODEL_SECONDS = Histogram(
+    "perennial_model_call_seconds", "Duration of a model call.", ["pool", "model"], buckets=_SECONDS
+)
+_TOKENS = Counter("perennial_tokens_total", "Tokens used by model calls.", ["pool", "model", "direction"])
+
+
+def events_received(topic: str, count: int = 1) -> None:
+    """Records were read from Kafka."""
+    _EVENTS_RECEIVED.labels(topic).inc(count)
+
+
+def events_accepted(topic: str, count: int = 1) -> None:
+    """Events are durable in Temporal."""
+    _EVENTS_ACCEPTED.labels(topic).inc(count)
+
+
+def skipped(topic: str, count: int = 1) -> None:
+    """An event of a shared topic is for no agent here."""
+    _EVENTS_SKIPPED.labels(topic).inc(count)
+
+
+def duplicate(agent: str) -> None:
+    """An agent has dropped an event it had seen before."""
+    _EVENTS_DUPLICATE.labels(agent).inc()
+
+
+def dead_letter(reason: str) -> None:
+    """A record is durable in the dead-letter topic."""
+    _DEAD_LETTERS.labels(reason).inc()
+
+
+def delivery(events: int, seconds: float) -> None:
+    """Temporal has accepted one delivery."""
+    _DELIVERY_SECONDS.observe(seconds)
+    _DELIVERY_EVENTS.observe(events)
+
+
+def ingest_lag(topic: str, partition: int, records: int) -> None:
+    """How far behind the end of a partition we are."""
+    _INGEST_LAG.labels(topic, str(partition)).set(records)
+
+
+def in_flight(count: int) -> None:
+    """How many deliveries wait for Temporal."""
+    _IN_FLIGHT.set(count)
+
+
+def turn(agent: str, outcome: str, seconds: float) -> None:
+    """A turn has ended, and its answer is published."""
+    _TURNS.labels(agent, outcome).inc()
+    _TURN_SECONDS.labels(agent).observe(seconds)
+
+
+def reply(agent: str) -> None:
+    """A reply is on its topic."""
+    _REPLIES.labels(agent).inc()
+
+
+def tool_call(tool: str, outcome: str, seconds: float) -> None:
+    """A tool call has ended."""
+    _TOOL_CALLS.labels(tool, outcome).inc()
+    _TOOL_SECONDS.labels(tool).observe(seconds)
+
+
+def model_call(pool: str, model: str, outcome: str, seconds: float) -> None:
+    """A model call has ended; the outcome is `ok` or the remedy of its error."""
+    _MODEL_CALLS.labels(pool, model, outcome).inc()
+    _MODEL_SECONDS.labels(pool, model).observe(seconds)
+
+
+def tokens(pool: str, model: str, usage: Usage) -> None:
+    """A model call has used tokens."""
+    _TOKENS.labels(pool, model, "input").inc(usage.input_tokens)
+    _TOKENS.labels(pool, model, "output").inc(usage.output_tokens)

@@ -1,0 +1,111 @@
+"""publish: replies and lifecycle events to Kafka, as CloudEvents with deterministic ids.
+
+A retry publishes the same events under the same ids: on the wire an event may stand twice, and consumers drop the
+repetition by its id. The record's key is the agent's workflow id, so one agent's events stay in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+from cloudevents.core.bindings.kafka import to_structured
+from cloudevents.core.formats.json import JSONFormat
+from cloudevents.core.v1.event import CloudEvent
+from temporalio import activity
+from typing_extensions import override
+
+from activities import metrics
+from activities.heartbeat import beating
+from workflows import names
+from workflows.errors import Remedy, activity_error
+from workflows.events import Outgoing
+from workflows.interface import PublishActivities
+from workflows.messages import PublishRequest, TurnSummary
+
+_TURNS = (names.TURN_COMPLETED_TYPE, names.TURN_FAILED_TYPE)
+
+
+class Publish(PublishActivities):
+    """Puts events on their topics. The producer connects when it is first needed, and again after it was lost."""
+
+    def __init__(self, bootstrap: str, *, idempotence: bool) -> None:
+        self._bootstrap = bootstrap
+        self._idempotence = idempotence
+        self._producer: AIOKafkaProducer | None = None
+        self._connecting = asyncio.Lock()
+
+    @override
+    @activity.defn(name="publish")
+    async def publish(self, request: PublishRequest) -> None:
+        async with beating():
+            try:
+                producer = await self._connected()
+                # Sent in order, awaited together: the producer keeps the order of one key.
+                sent = [await producer.send(m.topic, key=m.source.encode(), **encode(m)) for m in request.messages]
+                await asyncio.gather(*sent)
+            except MessageSizeTooLargeError as error:
+                raise activity_error(
+                    Remedy.FINAL, f"Kafka refuses the event as too large: {error}. Its text is in the ledger."
+                ) from error
+            except KafkaError as error:
+                await self._disconnect()
+                raise activity_error(
+                    Remedy.RETRY_LATER, f"Kafka at {self._bootstrap} did not take the events: {error!r}"
+                ) from error
+        for message in request.messages:
+            _count(message)
+
+    async def aclose(self) -> None:
+        """Leave the broker."""
+        await self._disconnect()
+
+    async def _connected(self) -> AIOKafkaProducer:
+        async with self._connecting:
+            if self._producer is None:
+                producer = AIOKafkaProducer(
+                    bootstrap_servers=self._bootstrap, acks="all", enable_idempotence=self._idempotence
+                )
+                try:
+                    await producer.start()
+                except BaseException:
+                    await producer.stop()
+                    raise
+                self._producer = producer
+            return self._producer
+
+    async def _disconnect(self) -> None:
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            await producer.stop()
+
+
+def encode(message: Outgoing) -> dict[str, object]:
+    """The record's value and headers: a CloudEvent in structured mode (CloudEvents 1.0, Kafka binding 3.3)."""
+    event = CloudEvent(
+        attributes={
+            "specversion": "1.0",
+            "id": message.id,
+            "source": message.source,
+            "type": message.type,
+            "time": message.time,
+            "datacontenttype": "application/json",
+            **({"subject": message.subject} if message.subject else {}),
+            **message.extensions,
+        },
+        data=message.data,
+    )
+    record = to_structured(event, JSONFormat())
+    return {"value": record.value, "headers": list(record.headers.items())}
+
+
+def _count(message: Outgoing) -> None:
+    agent = message.extensions.get("agent", "")
+    if message.type == names.REPLY_TYPE:
+        metrics.reply(agent)
+    elif message.type == names.DUPLICATE_TYPE:
+        metrics.duplicate(agent)
+    elif message.type in _TURNS:
+        summary = TurnSummary.model_validate(message.data)
+        metrics.turn(agent, summary.outcome.value, summary.seconds)

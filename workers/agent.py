@@ -1,0 +1,66 @@
+"""The agent worker: runs the agents' workflows, their tools, and their quick activities."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from datetime import timedelta
+
+from temporalio.client import Client
+from temporalio.worker import Worker
+from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
+
+from activities.agent_state import AgentLedger
+from activities.ledger import Ledger
+from activities.publish import Publish
+from activities.specs import Specs, SpecSet, load_specs
+from activities.tools import Tools
+from workers import wiring
+from workers.settings import Settings
+from workflows.agent import AgentWorkflow
+
+# An agent of a worker that died is taken over by another after so long.
+_STICKY_TIMEOUT = timedelta(seconds=5)
+# Heartbeats are sent on at least this often, well within the heartbeat timeout.
+HEARTBEAT_THROTTLE = timedelta(seconds=3)
+
+
+def agent_worker(client: Client, settings: Settings, specs: SpecSet, ledger: Ledger, publisher: Publish) -> Worker:
+    """The worker for the agents' task queue: workflows, tools, ledger, specs, publish."""
+    state = AgentLedger(ledger)
+    return Worker(
+        client,
+        task_queue=settings.task_queue,
+        workflows=[AgentWorkflow],
+        activities=[
+            state.wake,
+            state.keep_snapshot,
+            state.find_reply,
+            Specs(specs, ledger).load_spec,
+            Tools(specs.tool, settings.state_dir / "tools").run_tool,
+            publisher.publish,
+        ],
+        workflow_runner=SandboxedWorkflowRunner(
+            restrictions=SandboxRestrictions.default.with_passthrough_modules("pydantic", "pydantic_core")
+        ),
+        sticky_queue_schedule_to_start_timeout=_STICKY_TIMEOUT,
+        max_heartbeat_throttle_interval=HEARTBEAT_THROTTLE,
+        graceful_shutdown_timeout=settings.drain,
+    )
+
+
+async def main(settings: Settings, stop: asyncio.Event) -> None:
+    """Run until asked to stop; then let running activities finish, within the drain time."""
+    specs = load_specs(settings.specs)
+    runtime = wiring.start_metrics(settings)
+    client = await wiring.connect_patiently(settings, stop, runtime=runtime)
+    if client is None:
+        return
+    await wiring.ensure_search_attributes(client)
+    publisher = Publish(settings.kafka_bootstrap, idempotence=settings.kafka_idempotence)
+    async with (
+        Ledger(settings.ledger_url) as ledger,
+        contextlib.aclosing(publisher),
+        agent_worker(client, settings, specs, ledger, publisher),
+    ):
+        await stop.wait()

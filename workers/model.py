@@ -1,0 +1,45 @@
+"""The model worker: makes the model calls."""
+
+from __future__ import annotations
+
+import asyncio
+
+from temporalio.client import Client
+from temporalio.worker import Worker
+
+from activities.endpoints import ModelsConfig, Pools, load_models, models_from_environment
+from activities.ledger import Ledger
+from activities.model import Model
+from workers import wiring
+from workers.agent import HEARTBEAT_THROTTLE
+from workers.settings import Settings, provider_environment
+from workflows import names
+
+
+def models_config(settings: Settings) -> ModelsConfig:
+    """The pools and routes: of the models file if there is one, else of the environment."""
+    if settings.models is not None:
+        return load_models(settings.models)
+    return models_from_environment(provider_environment(), settings.rehearsal_url)
+
+
+def model_worker(client: Client, settings: Settings, ledger: Ledger, pools: Pools) -> Worker:
+    """The worker for the queue of the model calls."""
+    return Worker(
+        client,
+        task_queue=names.model_queue(settings.task_queue),
+        activities=[Model(ledger, pools).think],
+        max_heartbeat_throttle_interval=HEARTBEAT_THROTTLE,
+        graceful_shutdown_timeout=settings.drain,
+    )
+
+
+async def main(settings: Settings, stop: asyncio.Event) -> None:
+    """Run until asked to stop; then let running model calls finish, within the drain time."""
+    pools = Pools(models_config(settings), provider_environment())
+    runtime = wiring.start_metrics(settings)
+    client = await wiring.connect_patiently(settings, stop, runtime=runtime)
+    if client is None:
+        return
+    async with Ledger(settings.ledger_url) as ledger, model_worker(client, settings, ledger, pools):
+        await stop.wait()
