@@ -8,7 +8,6 @@ from datetime import timedelta
 
 from temporalio.client import Client
 from temporalio.worker import Worker
-from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
 
 from activities.agent_state import AgentLedger
 from activities.ledger import Ledger
@@ -40,9 +39,7 @@ def agent_worker(client: Client, settings: Settings, specs: SpecSet, ledger: Led
             Tools(specs.tool, settings.state_dir / "tools").run_tool,
             publisher.publish,
         ],
-        workflow_runner=SandboxedWorkflowRunner(
-            restrictions=SandboxRestrictions.default.with_passthrough_modules("pydantic", "pydantic_core")
-        ),
+        workflow_runner=wiring.workflow_runner(),
         sticky_queue_schedule_to_start_timeout=_STICKY_TIMEOUT,
         max_heartbeat_throttle_interval=HEARTBEAT_THROTTLE,
         graceful_shutdown_timeout=settings.drain,

@@ -29,6 +29,7 @@ from temporalio.common import SearchAttributeKey, SearchAttributePair, TypedSear
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.runtime import PrometheusConfig, Runtime, TelemetryConfig
 from temporalio.service import RPCError, RPCStatusCode
+from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
 from typing_extensions import override
 
 from workers.settings import Settings
@@ -143,6 +144,13 @@ class _SdkMetrics(Collector):
             log.warning("The Temporal SDK's metrics can't be read: %s", error)
             return
         yield from text_string_to_metric_families(text)
+
+
+def workflow_runner() -> SandboxedWorkflowRunner:
+    """Runs workflow code in Temporal's sandbox; pydantic, which is pure, is imported once and shared."""
+    return SandboxedWorkflowRunner(
+        restrictions=SandboxRestrictions.default.with_passthrough_modules("pydantic", "pydantic_core")
+    )
 
 
 def start_metrics(settings: Settings) -> Runtime:

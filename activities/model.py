@@ -1,0 +1,137 @@
+"""think: the agent's next step. Context from the ledger, one model call, one entry, one decision.
+
+    model = Model(ledger, pools)
+    Worker(client, task_queue=names.model_queue(queue), activities=[model.think])
+
+The entry is keyed by (workflow id, turn, step), and looked up before the call: a step that is recorded is never paid
+for again, whatever dies and whoever tries again (DESIGN.md, P6).
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+
+from temporalio import activity
+from typing_extensions import override
+
+from activities.conversation import storable
+from activities.endpoints import Answer, FinalError, Pools
+from activities.entries import Entry, Message, ToolMessage, UserMessage
+from activities.heartbeat import beating
+from activities.ledger import Ledger
+from workflows import names
+from workflows.events import Event, EventReference
+from workflows.interface import ModelActivities
+from workflows.messages import Decision, ThinkRequest, Usage
+from workflows.spec import ResolvedSpec
+
+_CHARACTERS_PER_TOKEN = 4
+_SHARES = (1, 2, 4, 8)
+"""Of the context, by which part it is shown: less and less if the model finds it too long. Tokens are an estimate."""
+
+
+class Model(ModelActivities):
+    """Makes model calls and records them."""
+
+    def __init__(self, ledger: Ledger, pools: Pools) -> None:
+        self._ledger = ledger
+        self._pools = pools
+
+    @override
+    @activity.defn(name="think")
+    async def think(self, request: ThinkRequest) -> Decision:
+        entry = await self._ledger.find(request.workflow_id, request.turn, request.step)
+        if entry is None:
+            async with beating():
+                # Another try may have been first, if this one was taken for dead: what it recorded counts.
+                entry = await self._ledger.append(await self._step(request))
+        return decision(entry)
+
+    async def _step(self, request: ThinkRequest) -> Entry:
+        """Make the call; what came of it, as an entry."""
+        spec = await self._ledger.get_spec(request.spec_digest)
+        messages = new_messages(request)
+        answer: Answer | None = None
+        error: str | None = None
+        try:
+            answer = await self._ask(request, spec, messages)
+        except FinalError as refused:
+            error = str(refused)
+        return Entry(
+            workflow_id=request.workflow_id,
+            turn=request.turn,
+            step=request.step,
+            parent=request.head,
+            messages=[*messages, answer.message] if answer else messages,
+            answers=[EventReference(source=event.source, id=event.id, type=event.type) for event in request.events],
+            spec_digest=request.spec_digest,
+            model=answer.model if answer else "",
+            rehearsal=bool(answer and answer.rehearsal),
+            usage=answer.usage if answer else Usage(),
+            error=error,
+            recorded_at=datetime.now(UTC).isoformat(),
+        )
+
+    async def _ask(self, request: ThinkRequest, spec: ResolvedSpec, messages: list[Message]) -> Answer:
+        """Have the step answered, showing less of the conversation if it is too long.
+
+        Raises:
+            FinalError: the request was refused, and would be again.
+            ApplicationError: no model can answer now.
+        """
+        key = names.call_key(request.workflow_id, request.turn, request.step)
+        for share in _SHARES:
+            characters = spec.context.tokens * _CHARACTERS_PER_TOKEN // share
+            context = await self._ledger.context(request.head, max_characters=characters) if request.head else []
+            await self._ledger.record_call(request.workflow_id, request.turn, request.step)
+            try:
+                return await self._pools.call(
+                    spec.route,
+                    instructions=spec.instructions,
+                    context=context,
+                    messages=messages,
+                    tools=spec.tools,
+                    key=key if share == 1 else f"{key}/{share}",  # another request: it needs another key
+                    tools_allowed=request.tools_allowed,
+                )
+            except FinalError as error:
+                if not error.too_long or not context or share == _SHARES[-1]:
+                    raise
+        raise AssertionError("the last share returns or raises")
+
+
+def new_messages(request: ThinkRequest) -> list[Message]:
+    """What is new in a step, as the model is shown it: the results it waited for, then the events."""
+    results = (
+        ToolMessage(
+            call_id=storable(result.call_id),
+            name=storable(result.name),
+            content=storable(result.content),
+            outcome=result.outcome,
+        )
+        for result in request.results
+    )
+    return [*results, *(UserMessage(text=storable(render(event))) for event in request.events)]
+
+
+def render(event: Event) -> str:
+    """An event as the model is shown it. A person's question stands for itself."""
+    if event.type == names.ASK_TYPE and isinstance(event.data, dict) and isinstance(event.data.get("text"), str):
+        return str(event.data["text"])
+    data = json.dumps(event.data, ensure_ascii=False, separators=(",", ":"))
+    return f"Event {event.type} (id {event.id}, subject {event.subject}, from {event.source})\n{data}"
+
+
+def decision(entry: Entry) -> Decision:
+    """What was decided in a recorded step."""
+    answer = entry.answer
+    return Decision(
+        head=entry.id,
+        text=answer.text if answer else "",
+        tool_calls=answer.tool_calls if answer else [],
+        usage=entry.usage,
+        model=entry.model,
+        rehearsal=entry.rehearsal,
+        error=entry.error,
+    )

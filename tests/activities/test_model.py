@@ -1,0 +1,280 @@
+"""think: one model call a step, recorded, and never paid for twice. On a real ledger, over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_server import Reply, Server, refused, said, serving
+from hypothesis import given
+from hypothesis import strategies as st
+from temporalio.exceptions import ApplicationError
+from temporalio.testing import ActivityEnvironment
+
+from activities.conversation import LEFT_OUT
+from activities.endpoints import ModelsConfig, PoolConfig, Pools
+from activities.entries import AssistantMessage, Entry, ToolMessage, UserMessage, canonical
+from activities.ledger import Ledger
+from activities.model import Model, new_messages, render
+from workflows import names
+from workflows.events import Event, EventReference
+from workflows.messages import Decision, ThinkRequest, ToolCall, ToolOutcome, ToolResult, Usage
+from workflows.spec import ContextSpec, ResolvedSpec, ToolDefinition
+
+AGENT = "agent/store/logistics/order-42"
+SHIPPED = Event(id="e1", source="shop", type="order.shipped", subject="order-42", data={"by": "Größe", "n": 1})
+SHIPPED_TEXT = 'Event order.shipped (id e1, subject order-42, from shop)\n{"by":"Größe","n":1}'
+
+
+@dataclass
+class World:
+    """An agent's ledger and its model, which is a server on this machine."""
+
+    ledger: Ledger
+    model: Model
+    server: Server
+    spec: str
+
+    async def think(self, *events: Event, surroundings: ActivityEnvironment | None = None, **request: Any) -> Decision:
+        """Run the activity as Temporal does; by default the first step of the first turn."""
+        step: dict[str, Any] = {"workflow_id": AGENT, "turn": 1, "step": 1, "head": None, "spec_digest": self.spec}
+        return await (surroundings or ActivityEnvironment()).run(
+            self.model.think, ThinkRequest(**{**step, "events": list(events), **request})
+        )
+
+    async def entry(self, turn: int = 1, step: int = 1) -> Entry:
+        entry = await self.ledger.find(AGENT, turn, step)
+        assert entry is not None
+        return entry
+
+
+@asynccontextmanager
+async def world(folder: Path, *replies: Reply, tokens: int = 32_000) -> AsyncIterator[World]:
+    """An agent whose model answers with these."""
+    spec = ResolvedSpec(
+        name="logistics",
+        tenant="store",
+        instructions="Ship things.",
+        tools=[ToolDefinition(name="look", python="tools:look")],
+        context=ContextSpec(tokens=tokens),
+    )
+    async with serving(*replies) as server, Ledger(f"sqlite:///{folder}/ledger.db") as ledger:
+        config = ModelsConfig(pools={"only": PoolConfig(model="openai-chat:small", base_url=server.url)})
+        async with Pools(config, {}) as pools:
+            yield World(ledger, Model(ledger, pools), server, await ledger.put_spec(spec))
+
+
+# A step --------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_step_is_answered_and_recorded(tmp_path: Path) -> None:
+    """The decision is what the entry says; the entry holds the event, the answer and why."""
+    async with world(tmp_path, said("On its way.")) as agent:
+        decided = await agent.think(SHIPPED)
+        entry = await agent.entry()
+    assert decided == Decision(
+        head=entry.id, text="On its way.", usage=Usage(input_tokens=30, output_tokens=4), model="real-1"
+    )
+    assert entry.messages == [UserMessage(text=SHIPPED_TEXT), AssistantMessage(text="On its way.")]
+    assert entry.answers == [EventReference(source="shop", id="e1", type="order.shipped")]
+    assert (entry.parent, entry.turn, entry.step, entry.spec_digest) == (None, 1, 1, agent.spec)
+    assert datetime.fromisoformat(entry.recorded_at).utcoffset() == timedelta()
+    assert agent.server.headers[0]["idempotency-key"] == names.call_key(AGENT, 1, 1)
+
+
+async def test_a_tools_round_trip(tmp_path: Path) -> None:
+    """Calls are decided, their results are shown, and the conversation so far with them."""
+    async with world(tmp_path, said(None, ("c1", "look", '{"x": 1}'), finish="tool_calls"), said("Found.")) as agent:
+        first = await agent.think(SHIPPED)
+        assert first.tool_calls == [ToolCall(id="c1", name="look", arguments='{"x": 1}')]
+        result = ToolResult(call_id="c1", name="look", content="shelf 3")
+        second = await agent.think(step=2, head=first.head, results=[result])
+        entry = await agent.entry(step=2)
+    assert second.text == "Found."
+    assert entry.parent == first.head
+    assert entry.messages[0] == ToolMessage(call_id="c1", name="look", content="shelf 3")
+    assert [message["role"] for message in agent.server.requests[1]["messages"]] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+    ]
+
+
+async def test_a_recorded_step_is_not_paid_for_again(tmp_path: Path) -> None:
+    """P6: a retry after the entry was stored makes no HTTP call, and decides the same."""
+    async with world(tmp_path, said("first", ("1", "look", "{}")), said("second")) as agent:
+        decided = await agent.think(SHIPPED)
+        assert await agent.think(SHIPPED) == decided
+        assert len(agent.server.requests) == 1
+
+
+async def test_of_two_tries_at_once_both_decide_what_was_recorded(tmp_path: Path) -> None:
+    """A worker taken for dead may still answer: the first entry counts, for both."""
+    async with world(tmp_path, said("one"), said("other")) as agent:
+        decisions = await asyncio.gather(agent.think(SHIPPED), agent.think(SHIPPED))
+        entry = await agent.entry()
+    assert {decision.head for decision in decisions} == {entry.id}
+    assert len({decision.text for decision in decisions}) == 1
+
+
+async def test_the_last_step_offers_no_tools(tmp_path: Path) -> None:
+    """The model has to answer; calls it makes all the same are neither decided nor recorded."""
+    async with world(tmp_path, said("Well.", ("1", "look", "{}"))) as agent:
+        decided = await agent.think(SHIPPED, tools_allowed=False)
+        assert (decided.text, decided.tool_calls) == ("Well.", [])
+        assert (await agent.entry()).messages[-1] == AssistantMessage(text="Well.")
+        assert agent.server.requests[0]["tool_choice"] == "none"
+
+
+async def test_the_conversation_goes_on_from_the_head(tmp_path: Path) -> None:
+    """What was said in earlier turns is shown, up to about as many tokens as the spec allows."""
+    async with world(tmp_path, said("x" * 3000), said("y" * 3000), said("end"), tokens=1000) as agent:
+        first = await agent.think(SHIPPED)
+        second = await agent.think(SHIPPED, turn=2, head=first.head)
+        await agent.think(SHIPPED, turn=3, head=second.head)
+        shown = json.dumps(agent.server.requests[2]["messages"])
+    assert "xxx" in json.dumps(agent.server.requests[1]["messages"])
+    assert "yyy" in shown
+    assert "xxx" not in shown
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_refused_request_is_recorded_and_decided(tmp_path: Path) -> None:
+    """The turn fails with a reason; the retry does not ask again."""
+    async with world(tmp_path, refused(400, "no such thing")) as agent:
+        decided = await agent.think(SHIPPED)
+        entry = await agent.entry()
+        assert await agent.think(SHIPPED) == decided
+        assert len(agent.server.requests) == 1
+    assert decided.error == "pool only: HTTP status 400: no such thing"
+    assert (entry.error, entry.answer, entry.messages) == (decided.error, None, [UserMessage(text=SHIPPED_TEXT)])
+
+
+async def test_what_was_refused_does_not_spoil_the_next_turn(tmp_path: Path) -> None:
+    """The event is left out of what is shown from then on."""
+    async with world(tmp_path, refused(400), said("fine")) as agent:
+        first = await agent.think(SHIPPED)
+        second = await agent.think(SHIPPED.model_copy(update={"id": "e2"}), turn=2, head=first.head)
+        assert second.text == "fine"
+        _, left_out, event = agent.server.requests[1]["messages"]
+    assert left_out["content"] == LEFT_OUT
+    assert "(id e2," in event["content"]
+
+
+async def test_a_busy_model_is_tried_again_when_it_says(tmp_path: Path) -> None:
+    """P11: nothing is recorded, and Temporal waits as long as the server asks."""
+    async with world(tmp_path, refused(429, retry_after="11"), said("now")) as agent:
+        with pytest.raises(ApplicationError) as busy:
+            await agent.think(SHIPPED)
+        assert busy.value.next_retry_delay == timedelta(seconds=11)
+        assert await agent.ledger.find(AGENT, 1, 1) is None
+        assert (await agent.think(SHIPPED)).text == "now"
+        first, second = agent.server.headers
+        assert first["idempotency-key"] == second["idempotency-key"]
+
+
+async def test_a_conversation_that_is_too_long_is_shown_shorter(tmp_path: Path) -> None:
+    """Tokens are estimated: what doesn't fit after all must not end the agent."""
+    too_long = refused(400, "x", "context_length_exceeded")
+    async with world(tmp_path, said("x" * 900), said("y" * 900), too_long, too_long, said("ok"), tokens=1000) as agent:
+        first = await agent.think(SHIPPED)
+        second = await agent.think(SHIPPED, turn=2, head=first.head)
+        assert (await agent.think(SHIPPED, turn=3, head=second.head)).text == "ok"
+        sizes = [len(request["messages"]) for request in agent.server.requests[2:]]
+        keys = [headers["idempotency-key"] for headers in agent.server.headers[2:]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[-1]
+    assert len(set(keys)) == len(keys)
+
+
+async def test_an_event_that_alone_is_too_long_is_final(tmp_path: Path) -> None:
+    """There is nothing left to show less of."""
+    async with world(tmp_path, refused(400, "x", "context_length_exceeded")) as agent:
+        assert (await agent.think(SHIPPED)).error is not None
+        assert len(agent.server.requests) == 1
+
+
+# Surroundings --------------------------------------------------------------------------------------------------------
+
+
+async def test_it_heartbeats_while_the_model_thinks(tmp_path: Path) -> None:
+    """So that a dead worker is noticed in seconds, however long models may think."""
+    surroundings = ActivityEnvironment()
+    surroundings.info = replace(surroundings.info, heartbeat_timeout=timedelta(milliseconds=60))
+    beats: asyncio.Queue[None] = asyncio.Queue()
+    surroundings.on_heartbeat = lambda *_: beats.put_nowait(None)
+    async with world(tmp_path, Reply(hang=True)) as agent:
+        task = asyncio.create_task(agent.think(SHIPPED, surroundings=surroundings))
+        await agent.server.arrived.wait()
+        for _ in range(3):
+            await beats.get()
+        surroundings.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+async def test_a_cancelled_activity_hangs_up(tmp_path: Path) -> None:
+    """The HTTP request ends with it, and nothing is recorded."""
+    surroundings = ActivityEnvironment()
+    async with world(tmp_path, Reply(hang=True)) as agent:
+        task = asyncio.create_task(agent.think(SHIPPED, surroundings=surroundings))
+        await agent.server.arrived.wait()
+        surroundings.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await agent.server.left.wait()
+        assert await agent.ledger.find(AGENT, 1, 1) is None
+
+
+# Events as text ------------------------------------------------------------------------------------------------------
+
+
+def test_an_event_is_shown_with_its_identity() -> None:
+    """The form is fixed: the rehearsal endpoint's rules read it."""
+    assert render(SHIPPED) == SHIPPED_TEXT
+
+
+@pytest.mark.parametrize("data", [None, [1, "ü"], "text", {"text": 7}])
+def test_an_event_may_carry_anything(data: Any) -> None:
+    """Also one that calls itself a question and has no text."""
+    event = Event(id="1", source="s", type=names.ASK_TYPE, data=data)
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    assert render(event) == f"Event perennial.ask.v1 (id 1, subject None, from s)\n{text}"
+
+
+def test_a_question_is_shown_as_it_was_asked() -> None:
+    """A person talks to the agent, not about an event."""
+    assert render(Event(id="1", source="s", type=names.ASK_TYPE, data={"text": "Where is it?"})) == "Where is it?"
+
+
+any_text = st.text(st.sampled_from('aé😀\ud83d\ude00\x00"'), max_size=8)
+"""Also halves of surrogate pairs, which JSON can carry and UTF-8 cannot."""
+
+
+@given(any_text, any_text)
+def test_whatever_comes_in_can_be_recorded(data: str, result: str) -> None:
+    """Text that no UTF-8 can hold doesn't stop the agent; results come before events."""
+    messages = new_messages(
+        ThinkRequest(
+            workflow_id=AGENT,
+            turn=1,
+            step=1,
+            head=None,
+            spec_digest="",
+            events=[Event(id="1", source="s", type="t", data={data: [data]})],
+            results=[ToolResult(call_id="c", name="look", content=result, outcome=ToolOutcome.UNKNOWN)],
+        )
+    )
+    assert [message.role for message in messages] == ["tool", "user"]
+    for message in messages:
+        canonical(message)

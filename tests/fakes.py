@@ -1,0 +1,154 @@
+"""Fakes of the activities: subclasses of the interface, so that mypy and the Worker hold them to its signatures.
+
+world = World(think=lambda request: answer("hello"))
+async with world.worker(client, task_queue): ...
+world.published, world.thoughts, world.snapshots
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+from temporalio import activity
+from temporalio.client import Client
+from temporalio.worker import Worker
+from typing_extensions import override
+
+from workers.wiring import workflow_runner
+from workflows import names
+from workflows.agent import AgentWorkflow
+from workflows.events import Event, Outgoing
+from workflows.interface import (
+    LedgerActivities,
+    ModelActivities,
+    PublishActivities,
+    SpecActivities,
+    ToolActivities,
+)
+from workflows.messages import (
+    Decision,
+    PublishRequest,
+    Reply,
+    ReplyRequest,
+    SpecRequest,
+    ThinkRequest,
+    ToolCall,
+    ToolRequest,
+    ToolResult,
+    Usage,
+)
+from workflows.spec import ControlSpec
+from workflows.state import AgentState, Snapshot
+
+
+def event(number: int | str, *, data: object = None, source: str = "test", kind: str = "test.event") -> Event:
+    """An event with this id."""
+    return Event(id=f"event-{number}", source=source, type=kind, subject="key", data=data)
+
+
+def answer(text: str, request: ThinkRequest, *calls: ToolCall) -> Decision:
+    """A decision whose head is made from the step it belongs to, as the ledger's ids are."""
+    head = hashlib.sha256(f"{request.head}{request.turn}{request.step}".encode()).hexdigest()
+    usage = Usage(input_tokens=10, output_tokens=1)
+    return Decision(head=head, text=text, tool_calls=list(calls), usage=usage, model="scripted")
+
+
+def echo(request: ThinkRequest) -> Decision:
+    """Answers with the ids of the events it was shown."""
+    return answer(" ".join(e.id for e in request.events) or "done", request)
+
+
+@dataclass
+class World(ModelActivities, ToolActivities, LedgerActivities, SpecActivities, PublishActivities):
+    """Everything an agent may ask of the world, and a record of what it asked."""
+
+    think_with: Callable[[ThinkRequest], Decision | Awaitable[Decision]] = echo
+    tool: Callable[[ToolRequest], ToolResult] | None = None
+    spec: ControlSpec = field(default_factory=lambda: ControlSpec(digest="spec-1"))
+    publish_with: Callable[[PublishRequest], Awaitable[None]] | None = None
+
+    thoughts: list[ThinkRequest] = field(default_factory=list)
+    tool_requests: list[ToolRequest] = field(default_factory=list)
+    published: list[Outgoing] = field(default_factory=list)
+    snapshots: dict[str, AgentState] = field(default_factory=dict)
+    recalled: list[ReplyRequest] = field(default_factory=list)
+
+    @property
+    def replies(self) -> list[Reply]:
+        """Replies published, in order."""
+        return [Reply.model_validate(m.data) for m in self.published if m.type == names.REPLY_TYPE]
+
+    def lifecycle(self, kind: str) -> list[Outgoing]:
+        """Lifecycle events of one type, in order."""
+        return [m for m in self.published if m.type == kind]
+
+    @override
+    @activity.defn(name="think")
+    async def think(self, request: ThinkRequest) -> Decision:
+        self.thoughts.append(request)
+        decision = self.think_with(request)
+        return decision if isinstance(decision, Decision) else await decision
+
+    @override
+    @activity.defn(name="run_tool")
+    async def run_tool(self, request: ToolRequest) -> ToolResult:
+        self.tool_requests.append(request)
+        assert self.tool is not None
+        return self.tool(request)
+
+    @override
+    @activity.defn(name="wake")
+    async def wake(self, workflow_id: str) -> AgentState | None:
+        return self.snapshots.get(workflow_id)
+
+    @override
+    @activity.defn(name="keep_snapshot")
+    async def keep_snapshot(self, snapshot: Snapshot) -> None:
+        self.snapshots[snapshot.workflow_id] = snapshot.state
+
+    @override
+    @activity.defn(name="find_reply")
+    async def find_reply(self, request: ReplyRequest) -> Reply | None:
+        self.recalled.append(request)
+        found = [reply for reply in self.replies if reply.turn == request.turn]
+        return found[0] if found else None
+
+    @override
+    @activity.defn(name="load_spec")
+    async def load_spec(self, request: SpecRequest) -> ControlSpec | None:
+        return None if request.known_digest == self.spec.digest else self.spec
+
+    @override
+    @activity.defn(name="publish")
+    async def publish(self, request: PublishRequest) -> None:
+        if self.publish_with is not None:
+            await self.publish_with(request)
+        self.published.extend(request.messages)
+
+    @asynccontextmanager
+    async def workers(self, client: Client, task_queue: str) -> AsyncIterator[None]:
+        """The agent worker and the model worker, over these fakes."""
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(
+                Worker(
+                    client,
+                    task_queue=task_queue,
+                    workflows=[AgentWorkflow],
+                    activities=[
+                        self.run_tool,
+                        self.wake,
+                        self.keep_snapshot,
+                        self.find_reply,
+                        self.load_spec,
+                        self.publish,
+                    ],
+                    workflow_runner=workflow_runner(),
+                )
+            )
+            await stack.enter_async_context(
+                Worker(client, task_queue=names.model_queue(task_queue), activities=[self.think])
+            )
+            yield

