@@ -12,7 +12,7 @@ from temporalio.worker import Worker
 from activities.agent_state import AgentLedger
 from activities.ledger import Ledger
 from activities.publish import Publish
-from activities.specs import Specs, SpecSet, load_specs
+from activities.specs import SpecError, Specs, SpecSet, load_specs
 from activities.tools import Tools
 from workers import wiring
 from workers.settings import Settings
@@ -22,6 +22,18 @@ from workflows.agent import AgentWorkflow
 _STICKY_TIMEOUT = timedelta(seconds=5)
 # Heartbeats are sent on at least this often, well within the heartbeat timeout.
 HEARTBEAT_THROTTLE = timedelta(seconds=3)
+
+
+def specs_or_exit(settings: Settings) -> SpecSet:
+    """The specs that a worker starts with.
+
+    Raises:
+        SystemExit: a spec is wrong; all faults are named.
+    """
+    try:
+        return load_specs(settings.specs)
+    except SpecError as error:
+        raise SystemExit(f"The specs are wrong:\n{error}") from error
 
 
 def agent_worker(client: Client, settings: Settings, specs: SpecSet, ledger: Ledger, publisher: Publish) -> Worker:
@@ -47,8 +59,12 @@ def agent_worker(client: Client, settings: Settings, specs: SpecSet, ledger: Led
 
 
 async def main(settings: Settings, stop: asyncio.Event) -> None:
-    """Run until asked to stop; then let running activities finish, within the drain time."""
-    specs = load_specs(settings.specs)
+    """Run until asked to stop; then let running activities finish, within the drain time.
+
+    Raises:
+        SystemExit: a spec is wrong; all faults are named.
+    """
+    specs = specs_or_exit(settings)
     runtime = wiring.start_metrics(settings)
     client = await wiring.connect_patiently(settings, stop, runtime=runtime)
     if client is None:

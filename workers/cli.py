@@ -176,6 +176,12 @@ def worker_ingest() -> None:
     _process("ingest")
 
 
+@worker.command("rehearsal")
+def worker_rehearsal() -> None:
+    """Answers model calls from rules, where no model provider is configured."""
+    _process("rehearsal")
+
+
 # Events -----------------------------------------------------------------------------------------------------------
 
 
@@ -410,15 +416,16 @@ def show(
 
 async def _show(settings: Settings, agent: str, limit: int, output: Output) -> None:
     from workers import operations, views
+    from workers.report import report
 
     address = _resolved(settings, agent)
     client = await operations.connect(settings)
     with output.working(f"looking up {operations.shown(address)} ..."):
-        report = await operations.report(client, settings, address, limit=limit)
+        told = await report(client, settings, address, limit=limit)
     if output.as_json:
-        output.data(report)
+        output.data(told)
         return
-    for line in views.report(report):
+    for line in views.report(told):
         output.say(line)
 
 

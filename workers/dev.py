@@ -117,7 +117,7 @@ def hints(settings: Settings, specs: list[AgentSpec]) -> list[Text]:
         *([f"export PERENNIAL_STATE_DIR={shlex.quote(str(settings.state_dir.absolute()))}"] if elsewhere else []),
         "perennial tail",
         f"perennial ask {tenant}/{agent}/me 'Hello?'",
-        f'perennial send --tenant {tenant} --agent {agent} --subject me --type greeting --data \'{{"text": "Hello?"}}\'',
+        f"perennial send --tenant {tenant} --agent {agent} --subject me --type greeting --data '\"Hello?\"'",
         "perennial doctor",
     ]
     return [

@@ -22,12 +22,12 @@ from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
 from temporalio.client import Client
 from temporalio.service import RPCError
 
-from activities.endpoints import ModelsConfig, ModelsError, Pools
+from activities.endpoints import ModelsConfig, ModelsError
 from activities.ledger import Ledger
 from workers import operations, topics, wiring
 from workers.exits import CommandError
-from workers.model import models_config
-from workers.settings import Settings, provider_environment
+from workers.model import model_pools, models_config
+from workers.settings import Settings
 from workflows import names
 from workflows.spec import AgentSpec
 
@@ -83,7 +83,7 @@ def _models(settings: Settings, specs: list[AgentSpec]) -> tuple[ModelsConfig | 
     what = "models"
     try:
         config = models_config(settings)
-        Pools(config, provider_environment()).check()
+        model_pools(config)
     except ModelsError as error:
         return None, [Check(what=what, ok=False, found=str(error), remedy="See the message")]
     pools = ", ".join(f"{name} ({pool.model})" for name, pool in config.pools.items())

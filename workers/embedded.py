@@ -37,7 +37,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import TopicAlreadyExistsError, for_code
 from typing_extensions import override
 
-from workers.settings import PREFIX, STACK_FILE, Settings, inherited_environment, provider_environment
+from workers.settings import PREFIX, STACK_FILE, Settings, inherited_environment, provider_configured
 from workers.supervisor import Component, ComponentError, ComponentReport, NotReady, Supervisor
 from workers.wiring import EXIT_BAD_INPUT
 from workflows import names
@@ -352,7 +352,7 @@ class EmbeddedStack:
         return Ports(**chosen)
 
     def _at(self, ports: Ports) -> StackAddresses:
-        rehearse = self._settings.models is None and not provider_environment()
+        rehearse = self._settings.models is None and not provider_configured()
         # A ledger of the person's own choice is used; the default one belongs to this state directory.
         own_ledger = "ledger_url" in self._settings.model_fields_set
         return StackAddresses(

@@ -29,6 +29,7 @@ from typing_extensions import override
 
 from activities import metrics
 from workers import records, wiring
+from workers.agent import specs_or_exit
 from workers.deadletter import DeadLetter, DeadLetters
 from workers.flow import Batch, Flow, Item, Limits, Part, Partition
 from workers.offsets import Watchdog
@@ -308,8 +309,8 @@ class Ingest:
             stuck.append("the group: the consumer does not come back from joining it")
         if stuck:
             raise IngestError(
-                f"Kafka answers, but for {self._limits.patience_seconds:.0f} s nothing was read where records wait, or the "
-                f"topic was created anew: {', '.join(stuck)}. Start this process again."
+                f"Kafka answers, but for {self._limits.patience_seconds:.0f} s nothing was read where records wait, or "
+                f"the topic was created anew: {', '.join(stuck)}. Start this process again."
             )
 
     async def _stuck(self, partition: TopicPartition, ends: Mapping[TopicPartition, int]) -> bool:
@@ -557,3 +558,22 @@ def _delays() -> Iterator[float]:
 
 async def _wait(stop: asyncio.Event) -> None:
     await stop.wait()
+
+
+async def main(settings: Settings, stop: asyncio.Event) -> None:
+    """Run until asked to stop; then finish what is in flight, commit, and leave the group.
+
+    Raises:
+        SystemExit: a spec is wrong (status 2), or ingest can't go on (status 1).
+    """
+    specs = specs_or_exit(settings)
+    runtime = wiring.start_metrics(settings)
+    client = await wiring.connect_patiently(settings, stop, runtime=runtime)
+    if client is None:
+        return
+    await wiring.ensure_search_attributes(client)
+    try:
+        await Ingest(client, settings, specs.agents).run(stop)
+    except IngestError as error:
+        log.critical("%s", error)
+        raise SystemExit(wiring.EXIT_FAILED) from error

@@ -7,20 +7,35 @@ import asyncio
 from temporalio.client import Client
 from temporalio.worker import Worker
 
-from activities.endpoints import ModelsConfig, Pools, load_models, models_from_environment
+from activities.endpoints import ModelsConfig, ModelsError, Pools, load_models, models_from_environment
 from activities.ledger import Ledger
 from activities.model import Model
 from workers import wiring
 from workers.agent import HEARTBEAT_THROTTLE
-from workers.settings import Settings, provider_environment
+from workers.settings import Settings, environment, provider_environment
 from workflows import names
 
 
 def models_config(settings: Settings) -> ModelsConfig:
-    """The pools and routes: of the models file if there is one, else of the environment."""
+    """The pools and routes: of the models file if there is one, else of the environment.
+
+    Raises:
+        ModelsError: the file or the environment is wrong, or names no model.
+    """
     if settings.models is not None:
         return load_models(settings.models)
     return models_from_environment(provider_environment(), settings.rehearsal_url)
+
+
+def model_pools(config: ModelsConfig) -> Pools:
+    """The pools, with their keys from the environment, ready to be called.
+
+    Raises:
+        ModelsError: a key or a package is missing.
+    """
+    pools = Pools(config, environment(config.variables))
+    pools.check()
+    return pools
 
 
 def model_worker(client: Client, settings: Settings, ledger: Ledger, pools: Pools) -> Worker:
@@ -35,11 +50,18 @@ def model_worker(client: Client, settings: Settings, ledger: Ledger, pools: Pool
 
 
 async def main(settings: Settings, stop: asyncio.Event) -> None:
-    """Run until asked to stop; then let running model calls finish, within the drain time."""
-    pools = Pools(models_config(settings), provider_environment())
+    """Run until asked to stop; then let running model calls finish, within the drain time.
+
+    Raises:
+        SystemExit: the models are not configured rightly; the message says what to do.
+    """
+    try:
+        pools = model_pools(models_config(settings))
+    except ModelsError as error:
+        raise SystemExit(str(error)) from error
     runtime = wiring.start_metrics(settings)
     client = await wiring.connect_patiently(settings, stop, runtime=runtime)
     if client is None:
         return
-    async with Ledger(settings.ledger_url) as ledger, model_worker(client, settings, ledger, pools):
+    async with Ledger(settings.ledger_url) as ledger, pools, model_worker(client, settings, ledger, pools):
         await stop.wait()

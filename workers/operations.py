@@ -28,7 +28,6 @@ from temporalio.client import (
     WorkflowExecution,
     WorkflowExecutionDescription,
     WorkflowExecutionStatus,
-    WorkflowQueryFailedError,
     WorkflowUpdateFailedError,
     WorkflowUpdateRPCTimeoutOrCancelledError,
 )
@@ -263,11 +262,14 @@ async def ask(  # noqa: PLR0913  # who asks whom what, and how long to wait
     try:
         done, _ = await asyncio.wait([asking], timeout=min(seconds, _QUIET_SECONDS))
         if not done and seconds > _QUIET_SECONDS:
-            if absent := await _missing(client, settings):
+            if absent := await absent_workers(client, settings):
                 on_wait(absent)
             done, _ = await asyncio.wait([asking], timeout=seconds - _QUIET_SECONDS)
         if not done:
-            why = await _missing(client, settings) or "the agent is still at it; `perennial show` tells what it does"
+            why = (
+                await absent_workers(client, settings)
+                or "the agent is still at it; `perennial show` tells what it does"
+            )
             raise CommandError(
                 f"{shown(address)} has not answered within {seconds:g} s: {why}. "
                 f"Ask again with `--id {request.id}` to get the reply to this question."
@@ -279,7 +281,8 @@ async def ask(  # noqa: PLR0913  # who asks whom what, and how long to wait
         await asyncio.wait([asking])
 
 
-async def _missing(client: Client, settings: Settings) -> str:
+async def absent_workers(client: Client, settings: Settings) -> str:
+    """As `missing_workers`; when Temporal does not say, that."""
     try:
         return await missing_workers(client, settings)
     except RPCError as error:
@@ -366,7 +369,7 @@ def _summary(execution: WorkflowExecution) -> AgentSummary | None:
         address = names.parse_workflow_id(execution.id)
     except ValueError:
         return None  # started by hand under an id that is no agent's; its workflow fails and says so
-    state = _state(execution)
+    state = state_of(execution)
     return AgentSummary(
         agent=shown(address),
         tenant=address.tenant,
@@ -380,7 +383,8 @@ def _summary(execution: WorkflowExecution) -> AgentSummary | None:
     )
 
 
-def _state(execution: WorkflowExecution) -> str:
+def state_of(execution: WorkflowExecution) -> str:
+    """An agent's state in a word, as Temporal knows it."""
     if execution.status in _AT_REST:
         return _AT_REST[execution.status]
     return execution.typed_search_attributes.get(_STATE) or "active"
@@ -417,13 +421,13 @@ async def steer(
                 status: Status = await handle.execute_update(update, intervention, result_type=Status)
                 return status
         except (TimeoutError, WorkflowUpdateRPCTimeoutOrCancelledError) as error:
-            why = await _missing(client, settings) or "it may yet do so"
+            why = await absent_workers(client, settings) or "it may yet do so"
             raise CommandError(f"{who} has not answered within {_STEER_SECONDS:g} s: {why}.") from error
         except RPCError as error:
             if error.status != RPCStatusCode.NOT_FOUND:
                 raise
             run = await find(client, settings, address)
-            state = f"is {_state(run)}" if run else "has never been awake"
+            state = f"is {state_of(run)}" if run else "has never been awake"
             raise CommandError(f"{who} {state}; only an agent that is awake can be told to {update}.") from error
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from pydantic import BaseModel
-from temporalio.client import Client, WorkflowExecutionDescription, WorkflowExecutionStatus, WorkflowQueryFailedError
+from temporalio.client import Client, WorkflowExecutionStatus, WorkflowQueryFailedError
+from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError
 
 from activities.entries import Entry
@@ -23,12 +24,6 @@ from workflows.messages import Status
 from workflows.names import Address
 
 _QUERY = timedelta(seconds=5)
-
-
-class Step(Entry):
-    """An entry of the transcript, with its id."""
-
-    entry_id: str
 
 
 class AgentReport(BaseModel):
@@ -50,3 +45,58 @@ class AgentReport(BaseModel):
     """The newest of them, oldest first."""
     link: str
     """Where the Web UI shows the agent."""
+
+
+async def report(client: Client, settings: Settings, address: Address, *, limit: int) -> AgentReport:
+    """Look an agent up.
+
+    Args:
+        client: Temporal's.
+        settings: where the ledger and the Web UI are.
+        address: which agent.
+        limit: how many entries of the transcript, the newest.
+
+    Raises:
+        CommandError: there has never been such an agent, or Temporal or the ledger is away.
+    """
+    workflow_id = names.workflow_id(address)
+    run = await operations.find(client, settings, address)
+    awake = run is not None and run.status is WorkflowExecutionStatus.RUNNING
+    try:
+        async with Ledger(settings.ledger_url) as ledger:
+            steps = await ledger.count(workflow_id)
+            transcript = await ledger.transcript(workflow_id, limit=limit)
+            snapshot = None if awake else await ledger.get_snapshot(workflow_id)
+    except ApplicationError as error:
+        raise CommandError(f"{error.message}. Correct PERENNIAL_LEDGER_URL, or start the database.") from error
+    if run is None and snapshot is None and not steps:
+        raise CommandError(
+            f"There has never been an agent {operations.shown(address)}. `perennial agents` lists those there are."
+        )
+    note = ""
+    status = snapshot.state.status(workflow_id) if snapshot else None
+    if awake:
+        status, note = await _asked(client, settings, workflow_id)
+    return AgentReport(
+        agent=operations.shown(address),
+        workflow_id=workflow_id,
+        state=operations.state_of(run) if run else "asleep",
+        awake=awake,
+        since=(run.close_time or run.start_time) if run else None,
+        status=status,
+        note=note,
+        steps=steps,
+        transcript=transcript,
+        link=operations.ui_link(settings, workflow_id),
+    )
+
+
+async def _asked(client: Client, settings: Settings, workflow_id: str) -> tuple[Status | None, str]:
+    """What an agent that is awake says of itself, or why it says nothing."""
+    handle = client.get_workflow_handle(workflow_id)
+    try:
+        status: Status = await handle.query(names.STATUS, result_type=Status, rpc_timeout=_QUERY)
+    except (RPCError, WorkflowQueryFailedError) as error:
+        absent = await operations.absent_workers(client, settings)
+        return None, f"the agent does not answer: {absent or error}"
+    return status, ""

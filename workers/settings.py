@@ -13,6 +13,7 @@ in the same directory finds them there. A variable set in the environment wins o
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -31,6 +32,17 @@ PROVIDER_VARIABLES = (
     "GOOGLE_API_KEY",
     "GEMINI_API_KEY",
     "AWS_BEARER_TOKEN_BEDROCK",
+)
+
+# And what goes with them.
+_PROVIDER_OPTIONS = (
+    "OPENAI_MODEL",
+    "ANTHROPIC_BASE_URL",
+    "ANTHROPIC_MODEL",
+    "GEMINI_MODEL",
+    "BEDROCK_MODEL",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
 )
 
 
@@ -63,6 +75,7 @@ class Settings(BaseSettings):
 
     ledger_url: str = Field(
         "sqlite:///.perennial/ledger.db",
+        pattern=r"^(sqlite:///|postgresql(\+psycopg)?://).+",
         description="the ledger: sqlite:///path, or postgresql://user:password@host/database",
     )
     specs: Path = Field(Path("deploy/agents"), description="folder with the agents' specs, *.yaml")
@@ -70,6 +83,12 @@ class Settings(BaseSettings):
     rehearsal_url: str | None = Field(
         None,
         description="rehearsal endpoint to use when no model provider is configured (set by the embedded stack)",
+    )
+    rehearsal_rules: Path | None = Field(
+        None, description="rules of the rehearsal endpoint; without it, deploy/rehearsal.yaml if that is there"
+    )
+    rehearsal_latency: str = Field(
+        "0.02", description="seconds the rehearsal endpoint takes to answer: a number, or a range such as 0.1-0.4"
     )
 
     state_dir: Path = Field(Path(".perennial"), description="where the embedded stack keeps its state and logs")
@@ -107,9 +126,19 @@ class Settings(BaseSettings):
             ) from error
 
 
+def provider_configured() -> bool:
+    """Whether the environment names a model provider."""
+    return bool(environment(PROVIDER_VARIABLES))
+
+
 def provider_environment() -> dict[str, str]:
-    """The model providers' own variables that are set (`OPENAI_API_KEY` and the like), as they stand."""
-    return {name: os.environ[name] for name in PROVIDER_VARIABLES if os.environ.get(name)}
+    """The model providers' own variables that are set (`OPENAI_API_KEY`, `OPENAI_MODEL` and the like)."""
+    return environment((*PROVIDER_VARIABLES, *_PROVIDER_OPTIONS))
+
+
+def environment(names: Iterable[str]) -> dict[str, str]:
+    """Those of these variables that are set, and not empty."""
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
 
 
 def inherited_environment() -> dict[str, str]:

@@ -20,7 +20,7 @@ from workflows.messages import Intervention, Reply, Status, ToolOutcome, TurnOut
 
 if TYPE_CHECKING:  # they import Temporal's client, which `perennial tail` can do without
     from workers.doctor import Check
-    from workers.operations import AgentReport
+    from workers.report import AgentReport
 
 REHEARSAL_MARK = "[rehearsal]"
 
@@ -216,7 +216,7 @@ def report(told: AgentReport) -> Iterator[Text]:
 def _facts(told: AgentReport) -> Iterator[tuple[str, str]]:
     if told.status:
         status = told.status
-        yield "now", status.doing if told.awake else f"{told.state} since {moment(told.since)}"
+        yield "now", status.doing if told.awake else told.state + (f" since {moment(told.since)}" if told.since else "")
         yield "waiting", count(status.waiting, "event")
         events = f"{count(status.accepted, 'event')} accepted, {count(status.duplicates, 'duplicate')} dropped"
         yield "so far", f"{count(status.turn, 'turn')} ({status.failed_turns} failed), {events}"

@@ -1,0 +1,470 @@
+"""The ledger: the append-only store of entries, specs and snapshots, on SQLite or PostgreSQL.
+
+    async with Ledger("sqlite:///.perennial/ledger.db") as ledger:      # or postgresql://user:password@host/database
+        entry = await ledger.append(entry)                              # returns what is recorded for that step
+        newest_first_that_fit = await ledger.context(entry.id, max_characters=128_000)
+
+An entry is stored once for each (workflow id, turn, step): whoever comes second gets the first one's entry (DESIGN.md,
+P6). Nothing is ever changed or deleted. What is read is checked against its hash (P8).
+
+The database is connected to, and its tables are made, when first used: a process may start while it is away. Whatever
+goes wrong is raised as an ApplicationError of type RetryLater: an operator can mend a database, and mail must wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    Engine,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+    create_engine,
+    event,
+    exists,
+    func,
+    insert,
+    literal,
+    select,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from typing_extensions import override
+
+from activities.entries import AssistantMessage, Entry, ToolMessage, canonical
+from workflows.errors import Remedy, activity_error
+from workflows.spec import ResolvedSpec
+from workflows.state import Snapshot
+
+T = TypeVar("T")
+
+_SCHEMA_VERSION = 1
+_THREADS = 8
+_BUSY_SECONDS = 20
+_SQLITE_SETUP = (
+    "PRAGMA journal_mode = WAL",
+    "PRAGMA synchronous = FULL",  # an entry is a paid call: it survives a power cut too
+    "PRAGMA foreign_keys = ON",
+)
+_SETUP_LOCK = 0x7065_7265_6E6E  # "perenn": PostgreSQL's advisory lock under which the tables are made
+_MESSAGE_OVERHEAD = 16
+"""Characters a message counts for beside its text: role, ids, punctuation."""
+
+_metadata = MetaData()
+
+_schema = Table("ledger_schema", _metadata, Column("version", Integer, primary_key=True))
+
+_entries = Table(
+    "entries",
+    _metadata,
+    Column("id", String(64), primary_key=True),
+    Column("workflow_id", String, nullable=False),
+    Column("turn", Integer, nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("parent", String(64), ForeignKey("entries.id")),
+    Column("characters", Integer, nullable=False),
+    Column("body", LargeBinary, nullable=False),  # the canonical encoding, whose SHA-256 is the id
+    UniqueConstraint("workflow_id", "turn", "step"),
+)
+
+_specs = Table(
+    "specs",
+    _metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("body", LargeBinary, nullable=False),
+)
+
+_number = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up only what it calls INTEGER
+
+_snapshots = Table(
+    "snapshots",
+    _metadata,
+    Column("number", _number, primary_key=True, autoincrement=True),
+    Column("workflow_id", String, nullable=False),
+    Column("run_id", String, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("kept_at", String, nullable=False),
+    UniqueConstraint("workflow_id", "run_id"),
+    Index("snapshots_newest", "workflow_id", "number"),
+)
+
+# Model calls as they were begun; with the entries it tells whether one was paid for twice.
+_calls = Table(
+    "calls",
+    _metadata,
+    Column("number", _number, primary_key=True, autoincrement=True),
+    Column("workflow_id", String, nullable=False),
+    Column("turn", Integer, nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("recorded_before", Boolean, nullable=False),
+    Column("begun_at", String, nullable=False),
+)
+
+
+class Totals(BaseModel):
+    """What the ledger holds, over all agents."""
+
+    agents: int
+    entries: int
+    snapshots: int
+    calls_begun: int
+    """Model calls that were begun."""
+    calls_repeated: int
+    """Calls begun again for a step that had none recorded: their first try failed, or its worker died."""
+    calls_paid_twice: int
+    """Calls begun for a step whose answer was recorded already; P6 says that there are none."""
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.agents} agents, {self.entries} entries, {self.snapshots} snapshots"
+
+
+class Ledger:
+    """The ledger at a database URL. Safe from many tasks at once, and from many processes.
+
+    Args:
+        url: `sqlite:///path` or `postgresql://user:password@host/database`.
+
+    Raises:
+        ValueError: the URL is neither.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = _driver_url(url)
+        self.place = self._url.render_as_string(hide_password=True)
+        """The URL without the password, for messages."""
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="ledger")
+        self._engine: Engine | None = None
+        self._setup = threading.Lock()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self._threads.shutdown)
+        if self._engine:
+            self._engine.dispose()
+
+    # Entries ---------------------------------------------------------------------------------------------------------
+
+    async def find(self, workflow_id: str, turn: int, step: int) -> Entry | None:
+        """The entry of a step, if it is recorded."""
+        return await self._read(lambda connection: _entry_at(connection, workflow_id, turn, step))
+
+    async def append(self, entry: Entry) -> Entry:
+        """Record a step. Returns the entry that is recorded for it: this one, or the one that was there before.
+
+        Raises:
+            ApplicationError: RetryLater: the database is away, or does not know the entry's parent.
+        """
+
+        def write(connection: Connection) -> Entry:
+            connection.execute(
+                self._insert_new(_entries).values(
+                    id=entry.id,
+                    workflow_id=entry.workflow_id,
+                    turn=entry.turn,
+                    step=entry.step,
+                    parent=entry.parent,
+                    characters=_characters(entry),
+                    body=entry.encode(),
+                )
+            )
+            recorded = _entry_at(connection, entry.workflow_id, entry.turn, entry.step)
+            assert recorded is not None, "it was there, or has just been inserted"
+            return recorded
+
+        return await self._write(write)
+
+    async def context(self, head: str, *, max_characters: int) -> list[Entry]:
+        """The conversation that ends with an entry, oldest first: as many of the newest entries as fit.
+
+        The head itself is always there: the results of its tool calls may be what comes next.
+
+        Args:
+            head: an entry's id.
+            max_characters: of text in the entries' messages.
+
+        Raises:
+            ApplicationError: RetryLater: there is no such entry.
+        """
+
+        def read(connection: Connection) -> list[Entry]:
+            first = select(
+                _entries.c.id,
+                _entries.c.parent,
+                _entries.c.body,
+                _entries.c.characters.label("total"),
+                literal(0).label("depth"),
+            ).where(_entries.c.id == head)
+            chain = first.cte("chain", recursive=True)
+            total = chain.c.total + _entries.c.characters
+            chain = chain.union_all(
+                select(_entries.c.id, _entries.c.parent, _entries.c.body, total, chain.c.depth + 1)
+                .join_from(chain, _entries, _entries.c.id == chain.c.parent)
+                .where(total <= max_characters)
+            )
+            rows = connection.execute(select(chain.c.id, chain.c.body).order_by(chain.c.depth.desc())).all()
+            if not rows:
+                raise _fault(f"The ledger at {self.place} has no entry {head}")
+            return [_decode(row.id, row.body) for row in rows]
+
+        return await self._read(read)
+
+    async def transcript(self, workflow_id: str, *, limit: int) -> list[Entry]:
+        """The newest entries of an agent, oldest first, at most `limit`."""
+        return await self._read(lambda connection: _newest(connection, workflow_id, limit))
+
+    async def since(self, workflow_id: str, turn: int, *, limit: int) -> list[Entry]:
+        """The entries of an agent's turns after `turn`, oldest first; the newest `limit` of them."""
+        return await self._read(lambda connection: _newest(connection, workflow_id, limit, _entries.c.turn > turn))
+
+    async def of_turn(self, workflow_id: str, turn: int) -> list[Entry]:
+        """The entries of one turn, in the order of its steps."""
+        return await self._read(lambda connection: _newest(connection, workflow_id, None, _entries.c.turn == turn))
+
+    async def count(self, workflow_id: str) -> int:
+        """How many entries an agent has."""
+        counted = select(func.count()).select_from(_entries).where(_entries.c.workflow_id == workflow_id)
+        return await self._read(lambda connection: connection.execute(counted).scalar_one())
+
+    # Specs, snapshots, calls -----------------------------------------------------------------------------------------
+
+    async def put_spec(self, spec: ResolvedSpec) -> str:
+        """Keep a spec; its digest, the SHA-256 of its canonical encoding."""
+        body = canonical(spec)
+        digest = hashlib.sha256(body).hexdigest()
+        found = select(exists().where(_specs.c.digest == digest))
+        if not await self._read(lambda connection: connection.execute(found).scalar_one()):
+            insertion = self._insert_new(_specs).values(digest=digest, body=body)
+            await self._write(lambda connection: connection.execute(insertion))
+        return digest
+
+    async def get_spec(self, digest: str) -> ResolvedSpec:
+        """The spec with this digest.
+
+        Raises:
+            ApplicationError: RetryLater: it is not there.
+        """
+        query = select(_specs.c.body).where(_specs.c.digest == digest)
+        body = await self._read(lambda connection: connection.execute(query).scalar_one_or_none())
+        if body is None:
+            raise _fault(f"The ledger at {self.place} has no spec {digest}. Do all workers use the same ledger?")
+        return ResolvedSpec.model_validate_json(body)
+
+    async def put_snapshot(self, snapshot: Snapshot) -> None:
+        """Keep an agent's state; of one run the last one counts."""
+        values = {"body": snapshot.model_dump_json().encode(), "kept_at": _now()}
+        insertion = _dialect(self._url).insert(_snapshots)
+        upsert = insertion.values(workflow_id=snapshot.workflow_id, run_id=snapshot.run_id, **values)
+        upsert = upsert.on_conflict_do_update(index_elements=["workflow_id", "run_id"], set_=values)
+        await self._write(lambda connection: connection.execute(upsert))
+
+    async def get_snapshot(self, workflow_id: str) -> Snapshot | None:
+        """The state that an agent's newest closed run has left."""
+        query = (
+            select(_snapshots.c.body)
+            .where(_snapshots.c.workflow_id == workflow_id)
+            .order_by(_snapshots.c.number.desc())
+            .limit(1)
+        )
+        body = await self._read(lambda connection: connection.execute(query).scalar_one_or_none())
+        return Snapshot.model_validate_json(body) if body is not None else None
+
+    async def record_call(self, workflow_id: str, turn: int, step: int) -> None:
+        """Note that a model call is about to be made, and whether its step was recorded before."""
+        values = {"workflow_id": workflow_id, "turn": turn, "step": step}
+        recorded = exists().where(*(_entries.c[name] == value for name, value in values.items()))
+        note = insert(_calls).from_select(
+            [*values, "recorded_before", "begun_at"],
+            select(*(literal(value) for value in values.values()), recorded, literal(_now())),
+        )
+        await self._write(lambda connection: connection.execute(note))
+
+    async def totals(self) -> Totals:
+        """What the ledger holds."""
+
+        def read(connection: Connection) -> Totals:
+            def number(query: Any) -> int:
+                return int(connection.execute(query).scalar_one())
+
+            calls = select(func.count()).select_from(_calls)
+            paid_twice = number(calls.where(_calls.c.recorded_before))
+            begun = number(calls)
+            steps = select(_calls.c.workflow_id, _calls.c.turn, _calls.c.step).distinct().subquery()
+            return Totals(
+                agents=number(select(func.count(_entries.c.workflow_id.distinct()))),
+                entries=number(select(func.count()).select_from(_entries)),
+                snapshots=number(select(func.count()).select_from(_snapshots)),
+                calls_begun=begun,
+                calls_repeated=begun - number(select(func.count()).select_from(steps)) - paid_twice,
+                calls_paid_twice=paid_twice,
+            )
+
+        return await self._read(read)
+
+    # The database ----------------------------------------------------------------------------------------------------
+
+    def _insert_new(self, table: Table) -> Any:
+        """An insertion that leaves alone what is there."""
+        return _dialect(self._url).insert(table).on_conflict_do_nothing()
+
+    async def _read(self, work: Callable[[Connection], T]) -> T:
+        return await self._run(work, writes=False)
+
+    async def _write(self, work: Callable[[Connection], T]) -> T:
+        return await self._run(work, writes=True)
+
+    async def _run(self, work: Callable[[Connection], T], *, writes: bool) -> T:
+        """Do this in one transaction, on a thread of our own."""
+
+        def run() -> T:
+            with (
+                self._connected().connect().execution_options(perennial_writes=writes) as connection,
+                connection.begin(),
+            ):
+                return work(connection)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, run)
+        except (SQLAlchemyError, OSError) as error:
+            cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
+            raise _fault(f"The ledger at {self.place} did not work: {' '.join(str(cause).split())}") from error
+
+    def _connected(self) -> Engine:
+        """The database, with its tables."""
+        with self._setup:
+            if self._engine is None:
+                engine = _open(self._url)
+                try:
+                    _make_tables(engine)
+                except BaseException:
+                    engine.dispose()
+                    raise
+                self._engine = engine
+            return self._engine
+
+
+def _fault(message: str) -> Exception:
+    return activity_error(Remedy.RETRY_LATER, message)
+
+
+def _driver_url(text: str) -> URL:
+    try:
+        url = make_url(text)
+    except ArgumentError:
+        url = None
+    if url is not None and url.get_backend_name() == "sqlite" and url.database not in {None, "", ":memory:"}:
+        return url.set(drivername="sqlite")
+    if url is not None and url.get_backend_name() == "postgresql":
+        return url.set(drivername="postgresql+psycopg")
+    raise ValueError(
+        "a ledger's URL is sqlite:///path or postgresql://user:password@host/database; correct PERENNIAL_LEDGER_URL"
+    )
+
+
+def _dialect(url: URL) -> Any:
+    return sqlite if url.get_backend_name() == "sqlite" else postgresql
+
+
+def _open(url: URL) -> Engine:
+    if url.get_backend_name() != "sqlite":
+        # Connections are tried before use: the database may have been restarted since.
+        return create_engine(url, pool_size=_THREADS, max_overflow=0, pool_pre_ping=True)
+    assert url.database is not None, "see _driver_url"
+    Path(url.database).absolute().parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, pool_size=_THREADS, max_overflow=0, connect_args={"timeout": _BUSY_SECONDS})
+
+    @event.listens_for(engine, "connect")
+    def set_up(connection: Any, _: object) -> None:
+        connection.isolation_level = None  # transactions begin below, not by the driver's guess
+        for pragma in _SQLITE_SETUP:
+            connection.execute(pragma)
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A transaction that reads first and writes later may fail at once when another process writes in between.
+        writes = connection.get_execution_options().get("perennial_writes", True)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _make_tables(engine: Engine) -> None:
+    """Make the tables where they are missing; one process at a time.
+
+    Raises:
+        ApplicationError: RetryLater: a newer release has made them.
+    """
+    with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(select(func.pg_advisory_xact_lock(_SETUP_LOCK)))
+        _metadata.create_all(connection)
+        version = connection.execute(select(func.max(_schema.c.version))).scalar_one_or_none()
+        if version is None:
+            connection.execute(insert(_schema).values(version=_SCHEMA_VERSION))
+        elif version > _SCHEMA_VERSION:
+            raise _fault(
+                f"The ledger has schema version {version}, and this release knows version {_SCHEMA_VERSION}: "
+                "use a newer release of Perennial"
+            )
+
+
+def _newest(connection: Connection, workflow_id: str, limit: int | None, *conditions: Any) -> list[Entry]:
+    query = (
+        select(_entries.c.id, _entries.c.body)
+        .where(_entries.c.workflow_id == workflow_id, *conditions)
+        .order_by(_entries.c.turn.desc(), _entries.c.step.desc())
+        .limit(limit)
+    )
+    return [_decode(row.id, row.body) for row in reversed(connection.execute(query).all())]
+
+
+def _entry_at(connection: Connection, workflow_id: str, turn: int, step: int) -> Entry | None:
+    found = _newest(connection, workflow_id, 1, _entries.c.turn == turn, _entries.c.step == step)
+    return found[0] if found else None
+
+
+def _decode(entry_id: str, body: bytes) -> Entry:
+    if hashlib.sha256(body).hexdigest() != entry_id:
+        raise _fault(f"Entry {entry_id} of the ledger is not what was recorded: its hash is another. Restore a backup.")
+    return Entry.model_validate_json(body)
+
+
+def _characters(entry: Entry) -> int:
+    """About how much of a model's context the entry takes."""
+    return sum(len(text) + _MESSAGE_OVERHEAD for text in _texts(entry))
+
+
+def _texts(entry: Entry) -> Iterable[str]:
+    for message in entry.messages:
+        if isinstance(message, ToolMessage):
+            yield message.content
+            continue
+        yield message.text
+        if isinstance(message, AssistantMessage):
+            yield from (f"{call.name}{call.arguments}" for call in message.tool_calls)
+            yield message.vendor or ""
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
