@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -34,9 +36,11 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    Row,
     String,
     Table,
     UniqueConstraint,
+    and_,
     create_engine,
     event,
     exists,
@@ -47,10 +51,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 from typing_extensions import override
 
-from activities.entries import AssistantMessage, Entry, ToolMessage, canonical
+from activities.entries import AssistantMessage, Entry, Message, ToolMessage, canonical
 from workflows.errors import Remedy, activity_error
 from workflows.spec import ResolvedSpec
 from workflows.state import Snapshot
@@ -60,11 +64,24 @@ T = TypeVar("T")
 _SCHEMA_VERSION = 1
 _THREADS = 8
 _BUSY_SECONDS = 20
+_BUSY_PAUSE = 0.01
 _SQLITE_SETUP = (
     "PRAGMA journal_mode = WAL",
     "PRAGMA synchronous = FULL",  # an entry is a paid call: it survives a power cut too
     "PRAGMA foreign_keys = ON",
 )
+# psycopg's settings, which the URL may override.
+_POSTGRESQL_SETTINGS = {
+    # No prepared statements: the server would go on with plans it made when the tables were small (context: five times
+    # slower at 10,000 entries, measured), and a pooler such as PgBouncer does not always bear them.
+    "prepare_threshold": None,
+    # How long the server may be silent: a network that drops packets must not hold our threads for hours.
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,  # milliseconds
+}
 _SETUP_LOCK = 0x7065_7265_6E6E  # "perenn": PostgreSQL's advisory lock under which the tables are made
 _MESSAGE_OVERHEAD = 16
 """Characters a message counts for beside its text: role, ids, punctuation."""
@@ -85,6 +102,15 @@ _entries = Table(
     Column("body", LargeBinary, nullable=False),  # the canonical encoding, whose SHA-256 is the id
     UniqueConstraint("workflow_id", "turn", "step"),
 )
+_record = (
+    _entries.c.id,
+    _entries.c.workflow_id,
+    _entries.c.turn,
+    _entries.c.step,
+    _entries.c.parent,
+    _entries.c.body,
+)
+"""What an entry is read from; see `_decode`."""
 
 _specs = Table(
     "specs",
@@ -101,10 +127,12 @@ _snapshots = Table(
     Column("number", _number, primary_key=True, autoincrement=True),
     Column("workflow_id", String, nullable=False),
     Column("run_id", String, nullable=False),
+    Column("turn", Integer, nullable=False),
+    Column("accepted", Integer, nullable=False),
     Column("body", LargeBinary, nullable=False),
     Column("kept_at", String, nullable=False),
     UniqueConstraint("workflow_id", "run_id"),
-    Index("snapshots_newest", "workflow_id", "number"),
+    Index("snapshots_newest", "workflow_id", "turn", "number"),
 )
 
 # Model calls as they were begun; with the entries it tells whether one was paid for twice.
@@ -178,17 +206,22 @@ class Ledger:
         """
 
         def write(connection: Connection) -> Entry:
-            connection.execute(
-                self._insert_new(_entries).values(
-                    id=entry.id,
-                    workflow_id=entry.workflow_id,
-                    turn=entry.turn,
-                    step=entry.step,
-                    parent=entry.parent,
-                    characters=_characters(entry),
-                    body=entry.encode(),
-                )
+            insertion = self._insert_new(_entries).values(
+                id=entry.id,
+                workflow_id=entry.workflow_id,
+                turn=entry.turn,
+                step=entry.step,
+                parent=entry.parent,
+                characters=_characters(entry),
+                body=entry.encode(),
             )
+            try:
+                connection.execute(insertion)
+            except IntegrityError as error:  # the foreign key: every other conflict is none
+                raise _fault(
+                    f"The ledger at {self.place} has no entry {entry.parent}, the parent of turn {entry.turn}, "
+                    f"step {entry.step} of {entry.workflow_id}. Do all workers use the same ledger?"
+                ) from error
             recorded = _entry_at(connection, entry.workflow_id, entry.turn, entry.step)
             assert recorded is not None, "it was there, or has just been inserted"
             return recorded
@@ -209,24 +242,18 @@ class Ledger:
         """
 
         def read(connection: Connection) -> list[Entry]:
-            first = select(
-                _entries.c.id,
-                _entries.c.parent,
-                _entries.c.body,
-                _entries.c.characters.label("total"),
-                literal(0).label("depth"),
-            ).where(_entries.c.id == head)
-            chain = first.cte("chain", recursive=True)
+            first = select(*_record, _entries.c.characters.label("total"), literal(0).label("depth"))
+            chain = first.where(_entries.c.id == head).cte("chain", recursive=True)
             total = chain.c.total + _entries.c.characters
             chain = chain.union_all(
-                select(_entries.c.id, _entries.c.parent, _entries.c.body, total, chain.c.depth + 1)
+                select(*_record, total, chain.c.depth + 1)
                 .join_from(chain, _entries, _entries.c.id == chain.c.parent)
                 .where(total <= max_characters)
             )
-            rows = connection.execute(select(chain.c.id, chain.c.body).order_by(chain.c.depth.desc())).all()
+            rows = connection.execute(select(chain).order_by(chain.c.depth.desc())).all()
             if not rows:
-                raise _fault(f"The ledger at {self.place} has no entry {head}")
-            return [_decode(row.id, row.body) for row in rows]
+                raise _fault(f"The ledger at {self.place} has no entry {head}. Do all workers use the same ledger?")
+            return [_decode(row) for row in rows]
 
         return await self._read(read)
 
@@ -269,14 +296,28 @@ class Ledger:
         body = await self._read(lambda connection: connection.execute(query).scalar_one_or_none())
         if body is None:
             raise _fault(f"The ledger at {self.place} has no spec {digest}. Do all workers use the same ledger?")
+        if hashlib.sha256(body).hexdigest() != digest:
+            raise _changed(f"spec {digest}", "its hash is another")
         return ResolvedSpec.model_validate_json(body)
 
     async def put_snapshot(self, snapshot: Snapshot) -> None:
-        """Keep an agent's state; of one run the last one counts."""
-        values = {"body": snapshot.model_dump_json().encode(), "kept_at": _now()}
+        """Keep an agent's state; of one run the last one counts.
+
+        An attempt that was given up may arrive late. Turns and accepted events only ever grow: who has fewer is late.
+        """
+        values = {
+            "turn": snapshot.state.turn,
+            "accepted": snapshot.state.mailbox.accepted,
+            "body": snapshot.model_dump_json().encode(),
+            "kept_at": _now(),
+        }
         insertion = _dialect(self._url).insert(_snapshots)
         upsert = insertion.values(workflow_id=snapshot.workflow_id, run_id=snapshot.run_id, **values)
-        upsert = upsert.on_conflict_do_update(index_elements=["workflow_id", "run_id"], set_=values)
+        upsert = upsert.on_conflict_do_update(
+            index_elements=["workflow_id", "run_id"],
+            set_=values,
+            where=and_(_snapshots.c.turn <= upsert.excluded.turn, _snapshots.c.accepted <= upsert.excluded.accepted),
+        )
         await self._write(lambda connection: connection.execute(upsert))
 
     async def get_snapshot(self, workflow_id: str) -> Snapshot | None:
@@ -284,7 +325,7 @@ class Ledger:
         query = (
             select(_snapshots.c.body)
             .where(_snapshots.c.workflow_id == workflow_id)
-            .order_by(_snapshots.c.number.desc())
+            .order_by(_snapshots.c.turn.desc(), _snapshots.c.number.desc())
             .limit(1)
         )
         body = await self._read(lambda connection: connection.execute(query).scalar_one_or_none())
@@ -310,7 +351,12 @@ class Ledger:
             calls = select(func.count()).select_from(_calls)
             paid_twice = number(calls.where(_calls.c.recorded_before))
             begun = number(calls)
-            steps = select(_calls.c.workflow_id, _calls.c.turn, _calls.c.step).distinct().subquery()
+            steps = (
+                select(_calls.c.workflow_id, _calls.c.turn, _calls.c.step)
+                .where(~_calls.c.recorded_before)
+                .distinct()
+                .subquery()
+            )
             return Totals(
                 agents=number(select(func.count(_entries.c.workflow_id.distinct()))),
                 entries=number(select(func.count()).select_from(_entries)),
@@ -371,7 +417,7 @@ def _fault(message: str) -> Exception:
 def _driver_url(text: str) -> URL:
     try:
         url = make_url(text)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # the latter: a port that is no number
         url = None
     if url is not None and url.get_backend_name() == "sqlite" and url.database not in {None, "", ":memory:"}:
         return url.set(drivername="sqlite")
@@ -388,17 +434,26 @@ def _dialect(url: URL) -> Any:
 
 def _open(url: URL) -> Engine:
     if url.get_backend_name() != "sqlite":
-        # Connections are tried before use: the database may have been restarted since.
-        return create_engine(url, pool_size=_THREADS, max_overflow=0, pool_pre_ping=True)
+        return create_engine(
+            url,
+            pool_size=_THREADS,
+            max_overflow=0,
+            pool_pre_ping=True,  # connections are tried before use: the database may have been restarted since
+            isolation_level="READ COMMITTED",  # whatever the server's default: `append` has to see who was first
+            hide_parameters=True,  # an error goes into Temporal's history, and what the agent said does not
+            connect_args={key: value for key, value in _POSTGRESQL_SETTINGS.items() if key not in url.query},
+        )
     assert url.database is not None, "see _driver_url"
     Path(url.database).absolute().parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, pool_size=_THREADS, max_overflow=0, connect_args={"timeout": _BUSY_SECONDS})
+    engine = create_engine(
+        url, pool_size=_THREADS, max_overflow=0, hide_parameters=True, connect_args={"timeout": _BUSY_SECONDS}
+    )
 
     @event.listens_for(engine, "connect")
     def set_up(connection: Any, _: object) -> None:
         connection.isolation_level = None  # transactions begin below, not by the driver's guess
         for pragma in _SQLITE_SETUP:
-            connection.execute(pragma)
+            _patiently(connection, pragma)
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -407,6 +462,20 @@ def _open(url: URL) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
+
+
+def _patiently(connection: sqlite3.Connection, pragma: str) -> None:
+    """Run a pragma. SQLite does not wait by itself when several processes turn a new file to WAL at once."""
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            connection.execute(pragma)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(_BUSY_PAUSE)
+        else:
+            return
 
 
 def _make_tables(engine: Engine) -> None:
@@ -431,12 +500,12 @@ def _make_tables(engine: Engine) -> None:
 
 def _newest(connection: Connection, workflow_id: str, limit: int | None, *conditions: Any) -> list[Entry]:
     query = (
-        select(_entries.c.id, _entries.c.body)
+        select(*_record)
         .where(_entries.c.workflow_id == workflow_id, *conditions)
         .order_by(_entries.c.turn.desc(), _entries.c.step.desc())
         .limit(limit)
     )
-    return [_decode(row.id, row.body) for row in reversed(connection.execute(query).all())]
+    return [_decode(row) for row in reversed(connection.execute(query).all())]
 
 
 def _entry_at(connection: Connection, workflow_id: str, turn: int, step: int) -> Entry | None:
@@ -444,26 +513,34 @@ def _entry_at(connection: Connection, workflow_id: str, turn: int, step: int) ->
     return found[0] if found else None
 
 
-def _decode(entry_id: str, body: bytes) -> Entry:
-    if hashlib.sha256(body).hexdigest() != entry_id:
-        raise _fault(f"Entry {entry_id} of the ledger is not what was recorded: its hash is another. Restore a backup.")
-    return Entry.model_validate_json(body)
+def _decode(row: Row[Any]) -> Entry:
+    """The entry in a row of `_record`; the columns it was found by have to say what the hashed body says."""
+    if hashlib.sha256(row.body).hexdigest() != row.id:
+        raise _changed(f"entry {row.id}", "its hash is another")
+    entry = Entry.model_validate_json(row.body)
+    for name in ("workflow_id", "turn", "step", "parent"):
+        if getattr(row, name) != getattr(entry, name):
+            raise _changed(f"entry {row.id}", f"its {name} was {getattr(entry, name)!r}, and is {getattr(row, name)!r}")
+    return entry
+
+
+def _changed(what: str, how: str) -> Exception:
+    return _fault(f"The ledger's {what} is not what was recorded: {how}. Restore a backup.")
 
 
 def _characters(entry: Entry) -> int:
     """About how much of a model's context the entry takes."""
-    return sum(len(text) + _MESSAGE_OVERHEAD for text in _texts(entry))
+    return sum(_MESSAGE_OVERHEAD + sum(map(len, _texts(message))) for message in entry.messages)
 
 
-def _texts(entry: Entry) -> Iterable[str]:
-    for message in entry.messages:
-        if isinstance(message, ToolMessage):
-            yield message.content
-            continue
-        yield message.text
-        if isinstance(message, AssistantMessage):
-            yield from (f"{call.name}{call.arguments}" for call in message.tool_calls)
-            yield message.vendor or ""
+def _texts(message: Message) -> Iterable[str]:
+    if isinstance(message, ToolMessage):
+        yield message.content
+        return
+    yield message.text
+    if isinstance(message, AssistantMessage):
+        yield from (f"{call.name}{call.arguments}" for call in message.tool_calls)
+        yield message.vendor or ""
 
 
 def _now() -> str:

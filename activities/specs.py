@@ -9,18 +9,16 @@ All mistakes in all files are reported together, each with its file, line or fie
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-import yaml
-from pydantic import ValidationError
 from pydantic_ai.tools import Tool
 from temporalio import activity
 from typing_extensions import override
 
+from activities import documents
+from activities.documents import DocumentError
 from activities.ledger import Ledger
 from activities.tools import ToolError, define, load_tool
 from workflows import names
@@ -148,49 +146,23 @@ def load_agent(path: Path) -> Agent:
         SpecError: naming the file and the line (of a YAML mistake) or the field (of a wrong value).
     """
     try:
-        document = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: cannot be read: {error}") from error
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise SpecError(f"{path}{line}: not valid YAML: {error.problem}") from error
-    try:
-        spec = AgentSpec.model_validate(content)
-    except ValidationError as error:
-        faults = [
-            f"{path}:{_line(document, fault['loc'])}: {'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}"
-            for fault in error.errors()
-        ]
-        raise SpecError("\n".join(faults)) from error
+        spec, document = documents.read(path, AgentSpec)
+    except DocumentError as error:
+        raise SpecError(str(error)) from error
     agent = Agent(spec=spec, file=path)
+    faults: list[str] = []
     for number, tool_spec in enumerate(spec.tools):
-        place = f"{path}:{_line(document, ('tools', number))}: tools.{number}"
+        place = document.place("tools", number)
         try:
             tool = load_tool(tool_spec.python, beside=path.parent)
         except ToolError as error:
-            raise SpecError(f"{place}: {error}") from error
+            faults.append(f"{place}: {error}")
+            continue
         if tool.name in agent.tools:
-            raise SpecError(f"{place}: a tool named {tool.name} is there already; tools of one agent need own names")
+            faults.append(f"{place}: a tool named {tool.name} is there already; tools of one agent need own names")
+            continue
         agent.tools[tool.name] = tool
         agent.definitions.append(define(tool_spec, tool))
+    if faults:
+        raise SpecError("\n".join(faults))
     return agent
-
-
-def _line(node: yaml.Node | None, location: tuple[int | str, ...]) -> int:
-    """The line of a field in a YAML document, counted from 1; of the innermost part that is there."""
-    line = node.start_mark.line if node else 0
-    for part in location:
-        node = dict(_children(node)).get(part)
-        if node is None:
-            break
-        line = node.start_mark.line
-    return line + 1
-
-
-def _children(node: yaml.Node | None) -> Iterator[tuple[Any, yaml.Node]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield key.value, value
-    elif isinstance(node, yaml.SequenceNode):
-        yield from enumerate(node.value)

@@ -541,15 +541,23 @@ def specs_check(
 @app.command(epilog=_examples("perennial demo", "perennial demo --stay", "perennial demo --events my-events.jsonl"))
 def demo(
     *,
-    events: Annotated[Path | None, typer.Option(help="JSON Lines with events of one's own.")] = None,
+    events: Annotated[
+        Path | None, typer.Option(help="JSON Lines with events of one's own.", show_default="deploy/demo/events.jsonl")
+    ] = None,
     stay: Annotated[bool, typer.Option("--stay", help="Keep everything up afterwards, to look around.")] = False,
     seed: Annotated[int | None, typer.Option(help="Repeats the moments at which workers are killed.")] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Let the configured model provider answer; it may cost money.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Watch a small store's agents answer real events while their workers are killed, and count what came of it."""
+    """Watch a small store's agents answer real events while their workers are killed, and count what came of it.
+
+    Exit status 0 only when nothing was lost, nothing answered twice and no model call paid for twice.
+    """
     from workers.demo import main as run_demo
 
-    raise typer.Exit(run_demo(events=events, stay=stay, seed=seed, as_json=as_json))
+    raise typer.Exit(run_demo(events=events, stay=stay, seed=seed, live=live, output=_output(as_json=as_json)))
 
 
 # The console entry ------------------------------------------------------------------------------------------------

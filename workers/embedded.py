@@ -37,7 +37,14 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import TopicAlreadyExistsError, for_code
 from typing_extensions import override
 
-from workers.settings import PREFIX, STACK_FILE, Settings, inherited_environment, provider_configured
+from workers.settings import (
+    PREFIX,
+    PROVIDER_VARIABLES,
+    STACK_FILE,
+    Settings,
+    inherited_environment,
+    provider_configured,
+)
 from workers.supervisor import Component, ComponentError, ComponentReport, NotReady, Supervisor
 from workers.wiring import EXIT_BAD_INPUT
 from workflows import names
@@ -150,7 +157,7 @@ def worker_argv(name: str) -> tuple[str, ...]:
 class EmbeddedStack:
     """The embedded stack. `start` once, `stop` once, or use it as an asynchronous context manager."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # what a stack can be made of; given by name
         self,
         settings: Settings,
         *,
@@ -158,6 +165,8 @@ class EmbeddedStack:
         topics: Sequence[str] = TOPICS,
         ports: Ports = Ports(),
         argv: Callable[[str], Sequence[str]] = worker_argv,
+        fresh: bool = False,
+        rehearse: bool = False,
     ) -> None:
         """Nothing is started yet.
 
@@ -167,6 +176,8 @@ class EmbeddedStack:
             topics: created when the broker starts, each time it does.
             ports: taken when they are free.
             argv: the command for `ingest`, `agent`, `model` and `rehearsal`.
+            fresh: what an earlier stack has left in the state directory is deleted first.
+            rehearse: the rehearsal endpoint answers, also when a model provider is configured.
         """
         self._settings = settings
         self._state = settings.state_dir.absolute()
@@ -174,6 +185,8 @@ class EmbeddedStack:
         self._topics = tuple(topics)
         self._usual = ports
         self._argv = argv
+        self._fresh = fresh
+        self._rehearse = rehearse or (settings.models is None and not provider_configured())
         self._lock: int | None = None
         self._supervisor: Supervisor | None = None
         self._addresses: StackAddresses | None = None
@@ -207,6 +220,8 @@ class EmbeddedStack:
         self._lock = await self._lock_state()
         try:
             (self._state / STACK_FILE).unlink(missing_ok=True)  # of a stack that was killed
+            if self._fresh:
+                self._clear_state()
             async with _one_start_at_a_time():
                 ports = self._choose_ports()
                 self._addresses = addresses = self._at(ports)
@@ -266,6 +281,9 @@ class EmbeddedStack:
         environment = inherited_environment()
         ours = environment | self._variables(addresses) | {PREFIX + "STATE_DIR": str(self._state)}
         ours.pop(PREFIX + "TEMPORAL_API_KEY", None)  # it would turn TLS on
+        if self._rehearse:
+            for other in (PREFIX + "MODELS", *PROVIDER_VARIABLES):
+                ours.pop(other, None)
         listener = f"tcp://{addresses.kafka}"
         found = [
             Component(
@@ -339,6 +357,7 @@ class EmbeddedStack:
         }
         if addresses.rehearsal:
             variables["REHEARSAL_URL"] = addresses.rehearsal
+            variables["REHEARSAL_LATENCY"] = self._settings.rehearsal_latency
         return {PREFIX + name: value for name, value in variables.items()}
 
     # Ports and addresses ---------------------------------------------------------------------------------------
@@ -352,14 +371,13 @@ class EmbeddedStack:
         return Ports(**chosen)
 
     def _at(self, ports: Ports) -> StackAddresses:
-        rehearse = self._settings.models is None and not provider_configured()
         # A ledger of the person's own choice is used; the default one belongs to this state directory.
         own_ledger = "ledger_url" in self._settings.model_fields_set
         return StackAddresses(
             temporal=f"{HOST}:{ports.temporal}",
             ui=f"http://{HOST}:{ports.temporal_ui}",
             kafka=f"{HOST}:{ports.kafka}",
-            rehearsal=f"http://{HOST}:{ports.rehearsal}/v1" if rehearse else None,
+            rehearsal=f"http://{HOST}:{ports.rehearsal}/v1" if self._rehearse else None,
             metrics={name: f"http://{HOST}:{getattr(ports, name)}/metrics" for name in (INGEST, AGENT, MODEL)},
             logs=self._state / _LOGS,
             ledger=self._settings.ledger_url if own_ledger else f"sqlite:///{self._state / 'ledger.db'}",
@@ -400,6 +418,16 @@ class EmbeddedStack:
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         return lock
+
+    def _clear_state(self) -> None:
+        """Delete what an earlier stack has left, but for the lock that is ours now."""
+        with self._said_plainly():
+            for left in self._state.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+                elif left.name != _LOCK_FILE:
+                    left.unlink()
+            (self._state / _LOGS).mkdir()
 
     def _write_stack_file(self, addresses: StackAddresses) -> None:
         lines = [f"{name}={_quoted(value)}\n" for name, value in self._variables(addresses).items()]

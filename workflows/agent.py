@@ -46,6 +46,8 @@ with workflow.unsafe.imports_passed_through():
     from workflows.spec import ControlSpec
     from workflows.state import AgentInput, AgentState, CurrentTurn, Snapshot
 
+_TENANT_ATTRIBUTE = SearchAttributeKey.for_keyword(names.TENANT_ATTRIBUTE)
+_AGENT_ATTRIBUTE = SearchAttributeKey.for_keyword(names.AGENT_ATTRIBUTE)
 _STATE_ATTRIBUTE = SearchAttributeKey.for_keyword(names.STATE_ATTRIBUTE)
 _DEFAULT_HORIZON = 1000  # ids remembered before the spec is known
 _Request = TypeVar("_Request")
@@ -59,10 +61,7 @@ class AgentWorkflow:
     @workflow.init
     def __init__(self, start: AgentInput | None = None) -> None:
         self._id = workflow.info().workflow_id
-        try:
-            self._address = names.parse_workflow_id(self._id)
-        except ValueError as error:
-            raise ApplicationError(str(error), type="BadAddress", non_retryable=True) from error
+        self._address, self._fault = _address(self._id)
         self._awake = start is not None and start.state is not None
         self._state = start.state if start and start.state else AgentState()
         self._inbox: list[Event] = []
@@ -158,6 +157,8 @@ class AgentWorkflow:
     @workflow.run
     async def run(self, start: AgentInput | None = None) -> None:  # noqa: ARG002  # `__init__` has taken it
         """Live: wake, take turns, and close when stopped or idle for long enough."""
+        if self._fault:
+            raise ApplicationError(self._fault, type="BadAddress", non_retryable=True)
         try:
             await self._live()
         except (asyncio.CancelledError, ActivityError) as error:
@@ -190,6 +191,14 @@ class AgentWorkflow:
         kept = await self._quickly(interface.LedgerActivities.wake, self._id, "what the agent remembers")
         self._state = kept or self._state
         self._awake = True
+        if workflow.info().typed_search_attributes.get(_AGENT_ATTRIBUTE) is None:  # started by hand, without them
+            workflow.upsert_search_attributes(
+                [
+                    _TENANT_ATTRIBUTE.value_set(self._address.tenant),
+                    _AGENT_ATTRIBUTE.value_set(self._address.agent),
+                    _STATE_ATTRIBUTE.value_set("paused" if self._state.paused else "active"),
+                ]
+            )
 
     async def _mail_or_idle(self) -> bool:
         """Wait for something to do; False when the agent has been idle for as long as its spec allows."""
@@ -281,7 +290,7 @@ class AgentWorkflow:
                 **interface.THINK,
             )
             self._state.record_step(turn, decision)
-            if decision.error or not decision.tool_calls:
+            if decision.error or last or not decision.tool_calls:
                 return decision
             step = turn.step - 1
             calls = (self._run_tool(spec, turn, step, n, call) for n, call in enumerate(decision.tool_calls))
@@ -454,6 +463,14 @@ class AgentWorkflow:
             f"{state.mailbox.duplicates} duplicates dropped, {state.failed_turns} failed turns\n\n"
             f"**Recent**\n{recent}"
         )
+
+
+def _address(workflow_id: str) -> tuple[names.Address, str | None]:
+    """The agent's address in its workflow id, and what is wrong if it holds none."""
+    try:
+        return names.parse_workflow_id(workflow_id), None
+    except ValueError as error:
+        return names.Address("", "", ""), str(error)
 
 
 def _think_summary(turn: CurrentTurn) -> str:

@@ -58,4 +58,6 @@ def activity_error(remedy: Remedy, message: str, *, retry_after: timedelta | Non
 def failure_message(error: ActivityError) -> str:
     """What to tell the agent's owner about an activity that has failed for good."""
     cause = error.cause or error
+    if isinstance(cause, ApplicationError) and cause.type in set(Remedy):
+        return cause.message  # for people; the type is for Temporal
     return str(cause)

@@ -8,19 +8,29 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from temporalio.api.enums.v1 import IndexedValueType
+from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest
 from temporalio.client import Client
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.testing import WorkflowEnvironment
 
+from workers.wiring import SEARCH_ATTRIBUTES
 
-@pytest.fixture(scope="session")
+
+@pytest.fixture
 async def skipping() -> AsyncIterator[WorkflowEnvironment]:
-    """A server that skips waiting time."""
+    """A server that skips waiting time; each test has its own, since what one leaves open stops time for all."""
     server = Path(sys.executable).with_name("temporal-test-server")
     env = await WorkflowEnvironment.start_time_skipping(
         data_converter=pydantic_data_converter, test_server_existing_path=str(server)
     )
     async with env:
+        keyword = IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD
+        await env.client.operator_service.add_search_attributes(
+            AddSearchAttributesRequest(
+                namespace=env.client.namespace, search_attributes=dict.fromkeys(SEARCH_ATTRIBUTES, keyword)
+            )
+        )
         yield env
 
 
@@ -40,21 +50,3 @@ def queue() -> str:
 def agent_id() -> str:
     """The workflow id of an agent of the test's own."""
     return f"agent/acme/tester/{uuid.uuid4()}"
-
-
-@pytest.fixture
-def eventually():
-    import asyncio
-    import inspect
-
-    async def wait(check, timeout=30):
-        async with asyncio.timeout(timeout):
-            while True:
-                v = check()
-                if inspect.isawaitable(v):
-                    v = await v
-                if v:
-                    return v
-                await asyncio.sleep(0.05)
-
-    return wait
