@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo dev test check format clean
+.PHONY: demo dev test check format history clean
 
 demo: $(READY)   ## the main job on an embedded stack, in under a minute
 	@$(BIN)/perennial demo $(if $(DEMO_EVENTS),--events "$(DEMO_EVENTS)") $(ARGS)
@@ -25,6 +25,9 @@ format: $(READY) ## put the code into the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+history: $(READY) ## record the histories that running agents of today will have; see tests/workflows/test_replay.py
+	$(BIN)/python tests/workflows/record_histories.py
+
 clean:           ## remove the virtual environment and the state of the embedded stack
 	rm -rf $(VENV) .perennial
 
@@ -32,5 +35,5 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "perennial needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.11 ...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing perennial into $(VENV) (about a minute, once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,anthropic,bedrock,google,dev]'
 	@touch $@
