@@ -25,6 +25,7 @@ _DELIVERY_EVENTS = Histogram(
     "perennial_delivery_events", "Events in one delivery.", buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500)
 )
 _INGEST_LAG = Gauge("perennial_ingest_lag_records", "Records not yet accepted.", ["topic", "partition"])
+_ASSIGNED = Gauge("perennial_ingest_assigned_partitions", "Partitions that this ingest worker reads.")
 _IN_FLIGHT = Gauge("perennial_ingest_in_flight_deliveries", "Deliveries waiting for Temporal.")
 
 _TURNS = Counter("perennial_turns_total", "Turns that ended.", ["agent", "outcome"])
@@ -76,6 +77,11 @@ def delivery(events: int, seconds: float) -> None:
 def ingest_lag(topic: str, partition: int, records: int) -> None:
     """How far behind the end of a partition we are."""
     _INGEST_LAG.labels(topic, str(partition)).set(records)
+
+
+def assigned(partitions: int) -> None:
+    """The group has given us so many partitions."""
+    _ASSIGNED.set(partitions)
 
 
 def in_flight(count: int) -> None:

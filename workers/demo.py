@@ -84,7 +84,7 @@ class Report(BaseModel):
         return self.tally.kept and not self.disagreements
 
 
-class _Observer:
+class Observer:
     """Reads what agents and ingest put on their topics, from the beginning, in no consumer group."""
 
     def __init__(self, bootstrap: str) -> None:
@@ -111,8 +111,8 @@ class _Observer:
             yield
         finally:
             reading.cancel()
-            await asyncio.wait([reading])
-            await self._consumer.stop()
+            # Waited for, not awaited: aiokafka's stop raises CancelledError when the broker has just been away.
+            await asyncio.wait([reading, asyncio.create_task(self._consumer.stop())])
 
     @property
     def seen(self) -> tuple[int, int, int]:
@@ -235,7 +235,7 @@ class Demo:
         expected = expect(
             [(topic, line.value) for topic, line in zip(self._topics, self._lines, strict=True)], self._routes
         )
-        observer = _Observer(addresses.kafka)
+        observer = Observer(addresses.kafka)
         async with observer.watching():
             await self._answered(stack, observer, expected)
             async with Ledger(self._settings.ledger_url) as ledger:
@@ -260,7 +260,7 @@ class Demo:
             disagreements=disagreements(tally, metrics),
         )
 
-    async def _answered(self, stack: EmbeddedStack, observer: _Observer, expected: Expected) -> None:
+    async def _answered(self, stack: EmbeddedStack, observer: Observer, expected: Expected) -> None:
         """Send the events, kill the workers, and wait until all is answered or nothing more comes."""
         total = len(expected.pairs)
         chance = random.Random(self._seed)  # noqa: S311  # guards nothing
@@ -291,7 +291,7 @@ class Demo:
             sending.cancel()
             await asyncio.wait([sending])
 
-    def _in_flight(self, observer: _Observer, expected: Expected) -> int:
+    def _in_flight(self, observer: Observer, expected: Expected) -> int:
         return sum(index in self._sent and pair not in observer.answered for pair, index in expected.pairs.items())
 
     def _kill(self, stack: EmbeddedStack, worker: str, done: int, in_flight: int) -> None:
@@ -437,7 +437,7 @@ def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} s"
 
 
-def _complete(observer: _Observer, expected: Expected) -> bool:
+def _complete(observer: Observer, expected: Expected) -> bool:
     return (
         all(pair in observer.answered for pair in expected.pairs)
         and len(observer.duplicates) >= expected.repeated

@@ -69,6 +69,9 @@ _TRIES = 100
 _HTTP_OK = 200
 _HTTP_SERVER_ERROR = 500
 _CHECK_SECONDS = 5.0
+_NOTHING_TO_READ = b"\nperennial_ingest_assigned_partitions 0.0\n"
+_SESSION_SECONDS = 6.0
+"""Of the consumer group: the broker keeps a new member waiting for half of it, and no one is far away here."""
 _LEFTOVER_SECONDS = 5.0
 """How long the processes of a stack that was killed may take to disappear."""
 
@@ -330,6 +333,7 @@ class EmbeddedStack:
             )
         for name, stage in ((AGENT, 1), (MODEL, 1), (INGEST, 2)):
             port = getattr(ports, name)
+            check = _check_ingest if name == INGEST else functools.partial(_check_http, path="/metrics")
             found.append(
                 Component(
                     name=name,
@@ -337,7 +341,7 @@ class EmbeddedStack:
                     environment=ours | {PREFIX + "METRICS_ADDRESS": f"{HOST}:{port}"},
                     needs=(TEMPORAL, BROKER),
                     stage=stage,
-                    check=functools.partial(_check_http, port, "/metrics"),
+                    check=functools.partial(check, port),
                     refusal=EXIT_BAD_INPUT,
                     stop_seconds=self._settings.drain_seconds + _MARGIN_SECONDS,
                 )
@@ -353,6 +357,7 @@ class EmbeddedStack:
             "TEMPORAL_TLS": "false",
             "KAFKA_BOOTSTRAP": addresses.kafka,
             "KAFKA_IDEMPOTENCE": "false",
+            "KAFKA_SESSION_SECONDS": str(_SESSION_SECONDS),
             "LEDGER_URL": addresses.ledger,
         }
         if addresses.rehearsal:
@@ -561,13 +566,20 @@ async def _check_broker(address: str, topics: Sequence[str]) -> None:
             raise NotReady(f"it refused to create the topic {topic}: {message or for_code(code).__name__}")
 
 
-async def _check_http(port: int, path: str, *, below: int = _HTTP_OK + 1) -> None:
-    """An HTTP server on this port answers this path with a status from 200 to `below`."""
+async def _check_ingest(port: int) -> None:
+    """It serves its metrics, and they say that its consumer group has given it something to read."""
+    if _NOTHING_TO_READ in await _check_http(port, "/metrics"):
+        raise NotReady("its consumer group has given it no partitions yet")
+
+
+async def _check_http(port: int, path: str, *, below: int = _HTTP_OK + 1) -> bytes:
+    """An HTTP server on this port answers this path with a status from 200 to `below`; what it answers."""
     async with _connected(port) as (reader, writer):
         writer.write(f"GET {path} HTTP/1.0\r\nHost: {HOST}:{port}\r\n\r\n".encode())
         line = (await reader.readline()).decode(errors="replace").split()
-    if len(line) < 2 or not line[1].isdecimal() or not _HTTP_OK <= int(line[1]) < below:  # noqa: PLR2004
-        raise NotReady(f"http://{HOST}:{port}{path} answered {' '.join(line) or 'nothing'}")
+        if len(line) < 2 or not line[1].isdecimal() or not _HTTP_OK <= int(line[1]) < below:  # noqa: PLR2004
+            raise NotReady(f"http://{HOST}:{port}{path} answered {' '.join(line) or 'nothing'}")
+        return await reader.read()
 
 
 @contextlib.asynccontextmanager

@@ -511,6 +511,7 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka ha
     @override
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         log.info("assigned: %s", sorted(f"{partition.topic}/{partition.partition}" for partition in assigned))
+        metrics.assigned(len(assigned))
         self._ingest.assigned([Partition(*partition) for partition in assigned])
 
 
@@ -573,7 +574,8 @@ async def main(settings: Settings, stop: asyncio.Event) -> None:
         return
     await wiring.ensure_search_attributes(client)
     try:
-        await Ingest(client, settings, specs.agents).run(stop)
+        limits = Limits(session_seconds=settings.kafka_session_seconds)
+        await Ingest(client, settings, specs.agents, limits=limits).run(stop)
     except IngestError as error:
         log.critical("%s", error)
         raise SystemExit(wiring.EXIT_FAILED) from error

@@ -72,6 +72,9 @@ class Settings(BaseSettings):
     consumer_group: Annotated[str, Field(min_length=1)] = Field(
         "perennial-ingest", description="Kafka consumer group of the ingest workers"
     )
+    kafka_session_seconds: Annotated[float, Field(ge=6, le=300)] = Field(
+        10.0, description="after so long without a heartbeat an ingest worker counts as dead in its group, in seconds"
+    )
 
     ledger_url: str = Field(
         "sqlite:///.perennial/ledger.db",

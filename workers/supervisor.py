@@ -63,7 +63,7 @@ class Component:
     name: str
     argv: tuple[str, ...]
     environment: Mapping[str, str]
-    check: Callable[[], Awaitable[None]]
+    check: Callable[[], Awaitable[object]]
     """Returns when the component is ready, raises anything when it is not yet. Also run after each restart."""
     needs: tuple[str, ...] = ()
     """Components that have to be ready before this one is started for the first time."""
