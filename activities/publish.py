@@ -41,25 +41,42 @@ class Publish(PublishActivities):
     async def publish(self, request: PublishRequest) -> None:
         async with beating():
             try:
-                producer = await self._connected()
-                # Sent in order, awaited together: the producer keeps the order of one key.
-                sent = [await producer.send(m.topic, key=m.source.encode(), **encode(m)) for m in request.messages]
-                await asyncio.gather(*sent)
-            except MessageSizeTooLargeError as error:
-                raise activity_error(
-                    Remedy.FINAL, f"Kafka refuses the event as too large: {error}. Its text is in the ledger."
-                ) from error
+                refused = await self._send(request.messages)
             except KafkaError as error:
                 await self._disconnect()
                 raise activity_error(
                     Remedy.RETRY_LATER, f"Kafka at {self._bootstrap} did not take the events: {error!r}"
                 ) from error
         for message in request.messages:
-            _count(message)
+            if message.id not in refused:
+                _count(message)
+        if refused:
+            raise activity_error(
+                Remedy.FINAL,
+                f"Kafka refuses as too large, and all others are published: {', '.join(refused)}. What they say is in "
+                f"the ledger. {next(iter(refused.values()))}",
+            )
 
     async def aclose(self) -> None:
         """Leave the broker."""
         await self._disconnect()
+
+    async def _send(self, messages: list[Outgoing]) -> dict[str, MessageSizeTooLargeError]:
+        """Put all on their topics; the ids of those that are too large for the broker, and what it said."""
+        producer = await self._connected()
+        refused: dict[str, MessageSizeTooLargeError] = {}
+        sent: dict[str, asyncio.Future[object]] = {}
+        for message in messages:  # sent in order, awaited together: the producer keeps the order of one key
+            try:
+                sent[message.id] = await producer.send(message.topic, key=message.source.encode(), **encode(message))
+            except MessageSizeTooLargeError as error:
+                refused[message.id] = error
+        for event_id, result in zip(sent, await asyncio.gather(*sent.values(), return_exceptions=True), strict=True):
+            if isinstance(result, MessageSizeTooLargeError):
+                refused[event_id] = result
+            elif isinstance(result, BaseException):
+                raise result
+        return refused
 
     async def _connected(self) -> AIOKafkaProducer:
         async with self._connecting:

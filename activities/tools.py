@@ -90,15 +90,19 @@ def load_tool(path: str, beside: Path | None = None) -> Tool[None]:
         sys.path.append(str(beside))
     try:
         function = getattr(importlib.import_module(module_name), function_name, None)
-    except ImportError as error:
+    except Exception as error:  # a module of somebody's own may raise anything
         where = f" (also looked in {beside})" if beside else ""
-        raise ToolError(f"tool {path}: cannot import {module_name}: {error}{where}") from error
+        raise ToolError(f"tool {path}: cannot import {module_name}: {_kind(error)}{error}{where}") from error
     if not inspect.isfunction(function):
         raise ToolError(f"tool {path}: {module_name} has no function {function_name}")
     try:
         return Tool(function, takes_ctx=False)
     except Exception as error:  # the library raises many kinds for a signature it can't describe
         raise ToolError(f"tool {path}: its arguments can't be described to a model: {error}") from error
+
+
+def _kind(error: Exception) -> str:
+    return "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
 
 
 def define(spec: ToolSpec, tool: Tool[None]) -> ToolDefinition:

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -97,10 +97,11 @@ class _Server:
 class TemporalServer(_Server):
     """Temporal's dev server; with a database file it remembers when it is started again."""
 
-    def __init__(self, database: Path | None = None) -> None:
+    def __init__(self, database: Path | None = None, *, arguments: Sequence[str] = ()) -> None:
         super().__init__()
         self._ui_port = free_port()
         self._database = database
+        self._arguments = arguments
 
     @property
     def address(self) -> str:
@@ -115,7 +116,8 @@ class TemporalServer(_Server):
         attributes = [f"--search-attribute={name}=Keyword" for name in SEARCH_ATTRIBUTES]
         database = [f"--db-filename={self._database}"] if self._database else []
         ports = [f"--port={self.port}", f"--ui-port={self._ui_port}"]
-        return [str(_BIN / "temporal"), "server", "start-dev", "--log-level=never", *ports, *attributes, *database]
+        settings = [*ports, *attributes, *database, *self._arguments]
+        return [str(_BIN / "temporal"), "server", "start-dev", "--log-level=never", *settings]
 
     @override
     def start(self) -> None:

@@ -163,7 +163,9 @@ def start_metrics(settings: Settings) -> Runtime:
     internal = f"127.0.0.1:{free_port()}"
     runtime = Runtime(
         telemetry=TelemetryConfig(
-            metrics=PrometheusConfig(bind_address=internal, counters_total_suffix=True, durations_as_seconds=True)
+            metrics=PrometheusConfig(
+                bind_address=internal, counters_total_suffix=True, unit_suffix=True, durations_as_seconds=True
+            )
         )
     )
     REGISTRY.register(_SdkMetrics(internal))

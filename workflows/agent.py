@@ -66,7 +66,6 @@ class AgentWorkflow:
         self._state = start.state if start and start.state else AgentState()
         self._inbox: list[Event] = []
         """Mail not yet in the mailbox: it may arrive before the agent has found its state."""
-        self._stopping: Intervention | None = None
         self._replies: dict[str, Reply] = {}
         """Replies that an `ask` still waits for, by the digest of its event."""
         self._asking: dict[str, int] = {}
@@ -94,7 +93,7 @@ class AgentWorkflow:
         self._inbox.append(event)
         try:
             await workflow.wait_condition(
-                lambda: digest in self._replies or self._was_answered(digest) or self._stopping is not None
+                lambda: digest in self._replies or self._was_answered(digest) or self._state.stopping is not None
             )
             if digest in self._replies:
                 return self._replies[digest]
@@ -123,29 +122,39 @@ class AgentWorkflow:
     def _may_ask(self, request: AskRequest) -> None:  # noqa: ARG002  # Temporal wants the update's own parameters
         if self._state.paused is not None:
             raise ApplicationError(f"The agent is {self._state.activity()[1]}. Resume it first.", type="Paused")
+        if self._asking and workflow.info().is_continue_as_new_suggested():
+            # Questions that overlap without an end would keep this run open, and its history growing, for ever.
+            raise ApplicationError("The agent is about to go on in a new run; ask again.", type=names.MOVING)
 
     # Steering --------------------------------------------------------------------------------------------------------
 
     @workflow.update(name=names.PAUSE)
-    def pause(self, intervention: Intervention) -> Status:
+    async def pause(self, intervention: Intervention) -> Status:
         """Begin no further turn until `resume`. The turn in progress is finished; mail is accepted and waits."""
+        await self._found()
         self._state.paused = intervention
         self._announce(names.AGENT_PAUSED_TYPE, intervention)
         return self.status()
 
     @workflow.update(name=names.RESUME)
-    def resume(self, intervention: Intervention) -> Status:
+    async def resume(self, intervention: Intervention) -> Status:
         """Take up the mail that waited."""
+        await self._found()
         self._state.paused = None
         self._announce(names.AGENT_RESUMED_TYPE, intervention)
         return self.status()
 
     @workflow.update(name=names.STOP)
-    def stop(self, intervention: Intervention) -> Status:
+    async def stop(self, intervention: Intervention) -> Status:
         """Finish the turn in progress, keep a snapshot and close. The next event or `ask` wakes the agent again."""
-        self._stopping = intervention
+        await self._found()
+        self._state.stopping = intervention
         self._announce(names.AGENT_STOPPED_TYPE, intervention)
         return self.status()
+
+    async def _found(self) -> None:
+        """Wait until the agent has found its state: what is changed before that would be forgotten."""
+        await workflow.wait_condition(lambda: self._awake)
 
     @workflow.query(name=names.STATUS)
     def status(self) -> Status:
@@ -176,7 +185,7 @@ class AgentWorkflow:
             self._show()
             if self._state.outbox:
                 await self._publish()
-            elif self._stopping:
+            elif self._state.stopping and self._state.current is None:
                 if await self._close():
                     return
             elif self._may_work():
@@ -210,10 +219,11 @@ class AgentWorkflow:
         return True
 
     def _may_work(self) -> bool:
-        return self._state.current is not None or bool(self._state.mailbox.waiting and not self._state.paused)
+        held = self._state.paused or self._state.stopping
+        return self._state.current is not None or bool(self._state.mailbox.waiting and not held)
 
     def _has_something_to_do(self) -> bool:
-        return bool(self._inbox or self._state.outbox or self._stopping or self._may_work())
+        return bool(self._inbox or self._state.outbox or self._state.stopping or self._may_work())
 
     async def _close(self) -> bool:
         """Keep a snapshot; False if mail came in the meantime, which a closing agent would lose."""
@@ -226,7 +236,11 @@ class AgentWorkflow:
         self._sort_mail()
         await workflow.execute_activity_method(
             interface.LedgerActivities.keep_snapshot,
-            Snapshot(workflow_id=self._id, run_id=workflow.info().run_id, state=self._state),
+            Snapshot(
+                workflow_id=self._id,
+                run_id=workflow.info().run_id,
+                state=self._state.model_copy(update={"stopping": None}),
+            ),
             summary=f"snapshot after turn {self._state.turn}",
             **interface.LEDGER,
         )

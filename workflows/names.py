@@ -19,6 +19,9 @@ RESUME = "resume"
 STOP = "stop"
 STATUS = "status"
 
+MOVING = "Moving"
+"""Type of the error with which an `ask` is refused that is to be made again at once."""
+
 # Topics (DESIGN.md, "Contracts that outlive a release").
 EVENTS_TOPIC = "agents.events"
 REPLIES_TOPIC = "agents.replies"

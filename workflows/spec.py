@@ -35,7 +35,15 @@ PythonPath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z
 
 
 class _Strict(BaseModel):
+    """As people write it: an unknown field is a typing mistake."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Carried(BaseModel):
+    """As agents carry it: an unknown field was written by a newer release, and is ignored."""
+
+    model_config = ConfigDict(frozen=True)
 
 
 class ToolSpec(_Strict):
@@ -64,14 +72,14 @@ class Subscription(_Strict):
         return any(fnmatchcase(event_type, pattern) for pattern in self.types)
 
 
-class BudgetSpec(_Strict):
+class BudgetSpec(_Carried):
     """What the agent may spend."""
 
     steps_per_turn: int = Field(10, ge=1, le=1000)
     """Model calls in one turn; in the last one the agent is offered no tools and has to answer."""
 
 
-class MailboxSpec(_Strict):
+class MailboxSpec(_Carried):
     """How the agent takes its mail."""
 
     events_per_turn: int = Field(10, ge=1, le=100)
@@ -80,11 +88,23 @@ class MailboxSpec(_Strict):
     """How many event ids the agent remembers to recognise duplicates: the de-duplication horizon."""
 
 
-class ContextSpec(_Strict):
+class ContextSpec(_Carried):
     """What of the conversation the model is shown."""
 
     tokens: int = Field(32_000, ge=1000)
     """Newest entries are shown as long as they fit into about this many tokens."""
+
+
+class _BudgetSection(BudgetSpec, _Strict):
+    pass
+
+
+class _MailboxSection(MailboxSpec, _Strict):
+    pass
+
+
+class _ContextSection(ContextSpec, _Strict):
+    pass
 
 
 class AgentSpec(_Strict):
@@ -98,17 +118,15 @@ class AgentSpec(_Strict):
     """The route in models.yaml: which pools of model endpoints are tried, in order."""
     tools: list[ToolSpec] = Field(default_factory=list)
     subscriptions: list[Subscription] = Field(default_factory=list)
-    budget: BudgetSpec = BudgetSpec()
-    mailbox: MailboxSpec = MailboxSpec()
-    context: ContextSpec = ContextSpec()
+    budget: _BudgetSection = _BudgetSection()
+    mailbox: _MailboxSection = _MailboxSection()
+    context: _ContextSection = _ContextSection()
     hibernate_after_seconds: float | None = Field(None, gt=0)
     """After how long without mail the agent's workflow closes, keeping its snapshot; None: it stays open."""
 
 
-class ToolDefinition(BaseModel):
+class ToolDefinition(_Carried):
     """A tool as the model is told of it, and as the workflow runs it."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     description: str = ""
@@ -120,10 +138,8 @@ class ToolDefinition(BaseModel):
     attempts: int = 5
 
 
-class ResolvedSpec(BaseModel):
+class ResolvedSpec(_Carried):
     """A spec with its tools looked up: what the ledger keeps under its digest, and an entry refers to."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     tenant: str
@@ -150,20 +166,16 @@ class ResolvedSpec(BaseModel):
         )
 
 
-class ToolControl(BaseModel):
+class ToolControl(_Carried):
     """How the workflow runs one tool."""
-
-    model_config = ConfigDict(frozen=True)
 
     timeout: timedelta = timedelta(seconds=60)
     repeatable: bool = True
     attempts: int = 5
 
 
-class ControlSpec(BaseModel):
+class ControlSpec(_Carried):
     """The part of a spec that the workflow decides by; small, since it is part of every agent's history."""
-
-    model_config = ConfigDict(frozen=True)
 
     digest: str
     """SHA-256 of the canonical encoding of the `ResolvedSpec`, under which the ledger keeps it."""

@@ -54,6 +54,8 @@ class AgentState(BaseModel):
     current: CurrentTurn | None = None
     spec: ControlSpec | None = None
     paused: Intervention | None = None
+    stopping: Intervention | None = None
+    """Asked to stop, and not closed yet; a snapshot never holds it, or the agent would wake up stopping."""
     outbox: list[Outgoing] = Field(default_factory=list)
     """Events decided on and not yet published."""
     usage: Usage = Usage()
@@ -105,13 +107,13 @@ class AgentState(BaseModel):
 
     def activity(self) -> tuple[str, str]:
         """The agent's state in one word (working, paused, idle) and in a sentence."""
+        if self.stopping is not None:
+            return "stopping", f"stopping{_by(self.stopping)}; what is in hand is finished first"
         if self.current is not None:
             kinds = ", ".join(sorted({reference.type for reference in self.current.answers}))
             return "working", f"turn {self.current.number}, step {self.current.step}: {kinds}"
         if self.paused is not None:
-            who = f" by {self.paused.by}" if self.paused.by else ""
-            why = f": {self.paused.reason}" if self.paused.reason else ""
-            return "paused", f"paused{who}{why}; {len(self.mailbox.waiting)} events wait"
+            return "paused", f"paused{_by(self.paused)}; {len(self.mailbox.waiting)} events wait"
         if self.mailbox.waiting:
             return "working", f"about to take {len(self.mailbox.waiting)} waiting events"
         return "idle", "waiting for events"
@@ -150,3 +152,9 @@ class Snapshot(BaseModel):
     workflow_id: str
     run_id: str
     state: AgentState
+
+
+def _by(intervention: Intervention) -> str:
+    who = f" by {intervention.by}" if intervention.by else ""
+    why = f": {intervention.reason}" if intervention.reason else ""
+    return who + why

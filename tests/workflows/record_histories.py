@@ -1,0 +1,274 @@
+"""Record the lives that `test_replay.py` replays: `python tests/workflows/record_histories.py [NAME ...]`.
+
+Each life is a short script against `AgentWorkflow` on a dev server with the world faked; its runs are written to
+`histories/NAME-N.json`. Histories of earlier releases are worth keeping: record a new name rather than an old one
+again, unless no release has made that history.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fakes import World, answer, event
+from servers import TemporalServer, eventually
+from temporalio.client import Client, WithStartWorkflowOperation, WorkflowHandle
+from temporalio.common import WorkflowIDConflictPolicy
+from temporalio.contrib.pydantic import pydantic_data_converter
+from temporalio.exceptions import ApplicationError
+
+from workers.wiring import start_options
+from workflows import names
+from workflows.events import Delivery, Event
+from workflows.messages import AskRequest, Decision, Intervention, Reply, Status, ThinkRequest, ToolCall, ToolResult
+from workflows.names import Address
+from workflows.spec import BudgetSpec, ControlSpec, MailboxSpec, ToolControl
+from workflows.state import AgentInput
+
+HISTORIES = Path(__file__).parent / "histories"
+SUGGEST_AFTER = 60
+_QUEUE = "recorder"
+_ME = Intervention(by="recorder", reason="for the record")
+
+
+@dataclass
+class Life:
+    """One agent, and what a script does to it."""
+
+    client: Client
+    name: str
+    world: World = field(default_factory=World)
+
+    @property
+    def address(self) -> Address:
+        return Address("recorded", "desk", self.name)
+
+    @property
+    def handle(self) -> WorkflowHandle[object, object]:
+        """Its newest run."""
+        return self.client.get_workflow_handle(names.workflow_id(self.address))
+
+    async def deliver(self, *events: Event) -> None:
+        await self.client.start_workflow(
+            names.WORKFLOW_TYPE,
+            AgentInput(),
+            id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+            start_signal=names.DELIVER,
+            start_signal_args=[Delivery(events=list(events))],
+            **start_options(self.address, _QUEUE),
+        )
+
+    async def ask(self, question_id: str) -> Reply:
+        return await self.client.execute_update_with_start_workflow(
+            names.ASK,
+            AskRequest(text="Where is it?", id=question_id),
+            start_workflow_operation=WithStartWorkflowOperation(
+                names.WORKFLOW_TYPE,
+                AgentInput(),
+                id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+                **start_options(self.address, _QUEUE),
+            ),
+            result_type=Reply,
+        )
+
+    async def steer(self, update: str) -> None:
+        await self.handle.execute_update(update, _ME, result_type=Status)
+
+    async def replies(self, count: int) -> None:
+        """Wait until so many are published."""
+        await eventually(lambda: len(self.world.replies) >= count)
+
+    async def stop(self) -> None:
+        handle = self.handle
+        await self.steer(names.STOP)
+        await handle.result()
+
+
+def _with_tools(request: ThinkRequest) -> Decision:
+    """Calls three tools: one that works, one that breaks, one that is not there."""
+    if request.results:
+        return answer("; ".join(result.content for result in request.results), request)
+    calls = [ToolCall(id=f"call-{n}", name=name) for n, name in enumerate(("look", "break", "fly"))]
+    return answer("", request, *calls)
+
+
+async def plain(life: Life) -> None:
+    """Two turns, one with several events."""
+    await life.deliver(event(1))
+    await life.replies(1)
+    await life.deliver(event(2), event(3))
+    await life.replies(2)
+    await life.stop()
+
+
+async def tools(life: Life) -> None:
+    """A step with three tool calls, and one after it."""
+
+    def run(request: object) -> ToolResult:
+        call = request.call  # type: ignore[attr-defined]
+        if call.name == "break":
+            raise RuntimeError("it is stuck")
+        return ToolResult(call_id=call.id, name=call.name, content="seen")
+
+    life.world.think_with = _with_tools
+    life.world.tool = run
+    life.world.spec = ControlSpec(digest="s", tools={"look": ToolControl(), "break": ToolControl(repeatable=False)})
+    await life.deliver(event(1))
+    await life.replies(1)
+    await life.stop()
+
+
+async def duplicates(life: Life) -> None:
+    """Events again: within a delivery, while they wait, after they were answered."""
+    life.world.spec = ControlSpec(digest="s", mailbox=MailboxSpec(events_per_turn=1))
+    await life.deliver(event(1), event(1), event(2))
+    await life.replies(2)
+    await life.deliver(event(2), event(3))
+    await life.replies(3)
+    await life.stop()
+
+
+async def question(life: Life) -> None:
+    """A question, the same again, and one between events."""
+    await life.ask("q-1")
+    await life.ask("q-1")
+    await life.deliver(event(1))
+    await life.ask("q-2")
+    await life.replies(3)
+    await life.stop()
+
+
+async def steered(life: Life) -> None:
+    """Paused with mail waiting, resumed, stopped, woken by an event, stopped again."""
+    await life.deliver(event(1))
+    await life.replies(1)
+    await life.steer(names.PAUSE)
+    await life.deliver(event(2))
+    await life.steer(names.RESUME)
+    await life.replies(2)
+    await life.stop()
+    await life.deliver(event(2), event(3))
+    await life.replies(3)
+    await life.stop()
+
+
+async def continued(life: Life) -> None:
+    """Continue-as-new between turns, and in the middle of a turn with tools."""
+
+    def think(request: ThinkRequest) -> Decision:
+        long = any(e.id == "event-long" for e in request.events) or request.results
+        if long and request.step < 9:
+            return answer("", request, ToolCall(id=f"call-{request.step}", name="look"))
+        return answer("done", request)
+
+    life.world.think_with = think
+    life.world.tool = lambda request: ToolResult(call_id=request.call.id, name="look", content="seen")
+    life.world.spec = ControlSpec(digest="s", tools={"look": ToolControl()}, budget=BudgetSpec(steps_per_turn=10))
+    for number in range(1, 6):
+        await life.deliver(event(number))
+        await life.replies(number)
+    await life.deliver(event("long"))
+    await life.replies(6)
+    await life.stop()
+
+
+async def failed(life: Life) -> None:
+    """A turn the model refuses, one whose call fails for good, one that is answered."""
+
+    def think(request: ThinkRequest) -> Decision:
+        if request.turn == 1:
+            return Decision(head="entry-1", error="400: no such parameter")
+        if request.turn == 2:
+            raise ApplicationError("no such spec", type="Final", non_retryable=True)
+        return answer("fine", request)
+
+    life.world.think_with = think
+    for number in range(1, 4):
+        await life.deliver(event(number))
+        await life.replies(number)
+    await life.stop()
+
+
+async def cancelled(life: Life) -> None:
+    """Cancelled in the middle of a turn, and woken."""
+    thinking = asyncio.Event()
+
+    async def think(request: ThinkRequest) -> Decision:
+        if not thinking.is_set():
+            thinking.set()
+            raise ApplicationError("busy", type="RetryLater", next_retry_delay=timedelta(hours=1))
+        return answer("done", request)
+
+    life.world.think_with = think
+    await life.deliver(event(1))
+    await thinking.wait()
+    handle = life.handle
+    await handle.cancel()
+    await eventually(lambda: handle.id in life.world.snapshots)
+    await life.deliver(event(2))
+    await life.replies(2)
+    await life.stop()
+
+
+async def hibernated(life: Life) -> None:
+    """Idle for longer than its spec allows, and woken."""
+    life.world.spec = ControlSpec(digest="s", hibernate_after=timedelta(seconds=1))
+    await life.deliver(event(1))
+    await life.handle.result()
+    await life.deliver(event(1), event(2))
+    await life.handle.result()
+
+
+LIVES: tuple[Callable[[Life], Awaitable[None]], ...] = (
+    plain,
+    tools,
+    duplicates,
+    question,
+    steered,
+    continued,
+    failed,
+    cancelled,
+    hibernated,
+)
+
+
+async def record(wanted: list[str]) -> None:
+    """Run the lives of these names (all when there are none) and write their histories."""
+    suggest = f"limit.historyCount.suggestContinueAsNew={SUGGEST_AFTER}"
+    with TemporalServer(arguments=["--dynamic-config-value", suggest]) as server:
+        client = await Client.connect(
+            server.address, data_converter=pydantic_data_converter, identity="record_histories.py"
+        )
+        for script in LIVES:
+            name = script.__name__
+            if wanted and name not in wanted:
+                continue
+            life = Life(client, name)
+            async with life.world.workers(client, _QUEUE):
+                await script(life)
+            await _write(client, life)
+
+
+async def _write(client: Client, life: Life) -> None:
+    runs = [
+        run
+        async for run in client.list_workflows(f"WorkflowId = '{names.workflow_id(life.address)}'")  # newest first
+    ]
+    for old in HISTORIES.glob(f"{life.name}-*.json"):
+        old.unlink()
+    for number, run in enumerate(sorted(runs, key=lambda run: run.start_time), 1):
+        history = await client.get_workflow_handle(run.id, run_id=run.run_id).fetch_history()
+        file = HISTORIES / f"{life.name}-{number}.json"
+        file.write_text(history.to_json() + "\n", encoding="utf-8")
+        print(f"{file}: {len(history.events)} events")  # noqa: T201  # this is a command
+
+
+if __name__ == "__main__":
+    HISTORIES.mkdir(exist_ok=True)
+    asyncio.run(record(sys.argv[1:]))

@@ -1,0 +1,142 @@
+"""Strings that outlive a release: each is taken apart by its inverse, and each literal is pinned."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workflows import names
+from workflows.agent import AgentWorkflow
+from workflows.names import Address
+
+PARTS = st.text(min_size=1, max_size=20)
+ADDRESSES = st.builds(Address, PARTS, PARTS, PARTS)
+
+GOLDEN = {
+    "WORKFLOW_TYPE": "AgentWorkflow",
+    "MOVING": "Moving",
+    "DELIVER": "deliver",
+    "ASK": "ask",
+    "PAUSE": "pause",
+    "RESUME": "resume",
+    "STOP": "stop",
+    "STATUS": "status",
+    "EVENTS_TOPIC": "agents.events",
+    "REPLIES_TOPIC": "agents.replies",
+    "ACTIVITY_TOPIC": "agents.activity",
+    "DEAD_LETTER_TOPIC": "agents.events.dlq",
+    "REPLY_TYPE": "perennial.reply.v1",
+    "TURN_COMPLETED_TYPE": "perennial.turn.completed.v1",
+    "TURN_FAILED_TYPE": "perennial.turn.failed.v1",
+    "DUPLICATE_TYPE": "perennial.event.duplicate.v1",
+    "AGENT_PAUSED_TYPE": "perennial.agent.paused.v1",
+    "AGENT_RESUMED_TYPE": "perennial.agent.resumed.v1",
+    "AGENT_STOPPED_TYPE": "perennial.agent.stopped.v1",
+    "ASK_TYPE": "perennial.ask.v1",
+    "TENANT_ATTRIBUTE": "PerennialTenant",
+    "AGENT_ATTRIBUTE": "PerennialAgent",
+    "STATE_ATTRIBUTE": "PerennialState",
+}
+
+
+@given(address=ADDRESSES)
+def test_a_workflow_id_says_its_address(address: Address) -> None:
+    """parse(build(x)) == x, whatever the parts hold: slashes, percent signs, emoji, spaces."""
+    assert names.parse_workflow_id(names.workflow_id(address)) == address
+
+
+@given(address=ADDRESSES)
+def test_a_workflow_id_is_printable_ascii_in_four_parts(address: Address) -> None:
+    """It stands in URLs, in Kafka keys and in CloudEvents' `source` as it is."""
+    text = names.workflow_id(address)
+    assert text.isascii()
+    assert text.isprintable()
+    assert " " not in text
+    assert text.count("/") == 3
+
+
+@given(one=ADDRESSES, other=ADDRESSES)
+def test_two_agents_never_share_a_workflow_id(one: Address, other: Address) -> None:
+    """P1: mail for one is never taken by the other."""
+    assert (names.workflow_id(one) == names.workflow_id(other)) == (one == other)
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        (Address("acme", "logistics", "order-42"), "agent/acme/logistics/order-42"),
+        (Address("acme", "desk", "a/b c%"), "agent/acme/desk/a%2Fb%20c%25"),
+        (Address("acme", "desk", "élan"), "agent/acme/desk/%C3%A9lan"),
+    ],
+)
+def test_the_form_of_a_workflow_id_never_changes(address: Address, text: str) -> None:
+    """Agents that run today are found under these ids for years."""
+    assert names.workflow_id(address) == text
+    assert names.parse_workflow_id(text) == address
+
+
+def test_ids_of_what_an_agent_produces_never_change() -> None:
+    """Consumers drop repetitions by these ids, and tools by these keys: also those made before a deploy."""
+    agent = "agent/acme/logistics/order-42"
+    assert names.reply_id(agent, 3, 0) == "agent/acme/logistics/order-42/3/0"
+    assert names.lifecycle_id(agent, 3, "paused-1") == "agent/acme/logistics/order-42/3/paused-1"
+    assert names.call_key(agent, 3, 2) == "agent/acme/logistics/order-42/3/2"
+    assert names.call_key(agent, 3, 2, 0) == "agent/acme/logistics/order-42/3/2/0"
+    assert names.model_queue("perennial") == "perennial.models"
+
+
+@given(
+    one=st.tuples(st.integers(0, 50), st.integers(0, 50), st.none() | st.integers(0, 50)),
+    other=st.tuples(st.integers(0, 50), st.integers(0, 50), st.none() | st.integers(0, 50)),
+)
+def test_two_calls_never_share_a_key(one: tuple[int, int, int | None], other: tuple[int, int, int | None]) -> None:
+    """P9: a key that two calls shared would suppress one of them."""
+    agent = "agent/acme/logistics/order-42"
+    assert (names.call_key(agent, *one) == names.call_key(agent, *other)) == (one == other)
+
+
+def test_the_constants_never_change() -> None:
+    """Every string constant is pinned; a new one has to be written down here too."""
+    constants = {
+        name: value
+        for name, value in vars(names).items()
+        if name.isupper() and not name.startswith("_") and isinstance(value, str)
+    }
+    assert constants == GOLDEN
+
+
+def test_the_workflow_answers_to_these_names() -> None:
+    """The type, signal, updates and query that clients in any language call are those of this module."""
+    definition = AgentWorkflow.__temporal_workflow_definition  # type: ignore[attr-defined]
+    assert definition.name == names.WORKFLOW_TYPE
+    assert set(definition.signals) == {names.DELIVER}
+    assert set(definition.updates) == {names.ASK, names.PAUSE, names.RESUME, names.STOP}
+    assert set(definition.queries) == {names.STATUS}
+
+
+@pytest.mark.parametrize(
+    ("address", "complaint"),
+    [
+        (Address("", "desk", "a"), "needs a tenant"),
+        (Address("acme", "", "a"), "needs an? agent"),
+        (Address("acme", "desk", ""), "needs a key"),
+        (Address("acme", "desk", "x" * 1000), "1016 bytes long; Temporal takes 1000"),
+        (Address("acme", "desk", "é" * 170), "1036 bytes long"),
+    ],
+)
+def test_an_address_that_is_none_is_refused(address: Address, complaint: str) -> None:
+    """P14: the error says which part is wrong."""
+    with pytest.raises(ValueError, match=complaint):
+        names.workflow_id(address)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "order-42", "agent/acme/desk", "agent/acme/desk/", "agent//desk/a", "agent/a/b/c/d", "Agent/acme/desk/a"],
+)
+def test_a_workflow_id_of_something_else_is_refused(text: str) -> None:
+    """P14: the error shows the text and the form that was expected."""
+    with pytest.raises(ValueError, match="expected agent/TENANT/AGENT/KEY") as refused:
+        names.parse_workflow_id(text)
+    assert repr(text) in str(refused.value)
