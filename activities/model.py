@@ -120,7 +120,13 @@ def render(event: Event) -> str:
     if event.type == names.ASK_TYPE and isinstance(event.data, dict) and isinstance(event.data.get("text"), str):
         return str(event.data["text"])
     data = json.dumps(event.data, ensure_ascii=False, separators=(",", ":"))
-    return f"Event {event.type} (id {event.id}, subject {event.subject}, from {event.source})\n{data}"
+    facts = [f"id {event.id}"]
+    if event.subject:
+        facts.append(f"subject {event.subject}")
+    facts.append(f"from {event.source}")
+    if event.time:
+        facts.append(f"at {event.time.isoformat()}")
+    return f"Event {event.type} ({', '.join(facts)})\n{data}"
 
 
 def decision(entry: Entry) -> Decision:

@@ -46,7 +46,7 @@ Conditions = dict[str, JsonValue]
 Fields = Mapping[str, JsonValue]
 
 _EVENT_FIELDS = ("type", "id", "subject", "source", "data", "text", "match", "lang", "before")
-_RENDERED = re.compile(r"Event (\S+) \(id (.*), subject (.*), from (.*)\)\n(.*)", re.DOTALL)
+_RENDERED = re.compile(r"Event (\S+) \(id (.*?)(?:, subject (.*?))?, from (.*?)(?:, at (\S+))?\)\n(.*)", re.DOTALL)
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*(?:\.[\w-]+)*)(:cents)?\}")
 _COMPARISON = re.compile(r"([<>]=?)\s*(-?\d+(?:\.\d+)?)")
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
@@ -101,9 +101,9 @@ def read_event(content: str) -> Told | None:
         return None
     rendered = _RENDERED.fullmatch(content)
     if rendered:
-        kind, event_id, subject, source, data = rendered.groups()
+        kind, event_id, subject, source, _, data = rendered.groups()
         try:
-            return Told(kind, event_id, None if subject == "None" else subject, source, json.loads(data))
+            return Told(kind, event_id, subject, source, json.loads(data))
         except (ValueError, RecursionError):
             pass  # somebody wrote what looks like an event
     return Told(names.ASK_TYPE, data={"text": content})

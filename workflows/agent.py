@@ -213,7 +213,9 @@ class AgentWorkflow:
         """Wait for something to do; False when the agent has been idle for as long as its spec allows."""
         idle = self._state.spec.hibernate_after if self._state.spec and not self._state.paused else None
         try:
-            await workflow.wait_condition(self._has_something_to_do, timeout=idle)
+            await workflow.wait_condition(
+                self._has_something_to_do, timeout=idle, timeout_summary="hibernate, if nothing comes"
+            )
         except TimeoutError:
             return False
         return True
@@ -455,7 +457,7 @@ class AgentWorkflow:
             await workflow.execute_activity_method(
                 interface.PublishActivities.publish,
                 PublishRequest(messages=messages),
-                summary=f"turn {self._state.turn}: {len(messages)} events out",
+                summary=f"turn {self._state.turn}: {_count(len(messages), 'event')} out",
                 **interface.PUBLISH,
             )
         except ActivityError as error:
@@ -488,8 +490,12 @@ def _address(workflow_id: str) -> tuple[names.Address, str | None]:
 
 
 def _think_summary(turn: CurrentTurn) -> str:
-    new = f"{len(turn.events)} events" if turn.events else f"{len(turn.results)} tool results"
+    new = _count(len(turn.events), "event") if turn.events else _count(len(turn.results), "tool result")
     return f"turn {turn.number}, step {turn.step}: {new}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _result(call: ToolCall, outcome: ToolOutcome, content: str) -> ToolResult:

@@ -45,7 +45,7 @@ SPEC = ResolvedSpec(
 )
 
 
-def entry(  # noqa: PLR0913  # every one of them matters to some test
+def entry(  # every one of them matters to some test
     turn: int = 1,
     step: int = 1,
     *,

@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -244,12 +244,20 @@ def test_an_event_is_shown_with_its_identity() -> None:
     assert render(SHIPPED) == SHIPPED_TEXT
 
 
+def test_an_event_is_shown_with_its_time() -> None:
+    """When it happened, which may be long before it is read; an agent has no clock of its own."""
+    happened = SHIPPED.model_copy(update={"time": datetime(2026, 11, 24, 9, 30, tzinfo=UTC)})
+    assert render(happened).startswith(
+        "Event order.shipped (id e1, subject order-42, from shop, at 2026-11-24T09:30:00+00:00)\n"
+    )
+
+
 @pytest.mark.parametrize("data", [None, [1, "ü"], "text", {"text": 7}])
 def test_an_event_may_carry_anything(data: Any) -> None:
     """Also one that calls itself a question and has no text."""
     event = Event(id="1", source="s", type=names.ASK_TYPE, data=data)
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    assert render(event) == f"Event perennial.ask.v1 (id 1, subject None, from s)\n{text}"
+    assert render(event) == f"Event perennial.ask.v1 (id 1, from s)\n{text}"
 
 
 def test_a_question_is_shown_as_it_was_asked() -> None:

@@ -36,7 +36,7 @@ RULES = Rules.model_validate(
         say: ["{data.order_id} is {look.status}", "could not look: {look.error}"]
     """)
 )
-LOST = 'Event shop.lost (id 1, subject None, from /shop)\n{"order_id":"order-1"}'
+LOST = 'Event shop.lost (id 1, from /shop)\n{"order_id":"order-1"}'
 SCHEMA = {"type": "object", "properties": {"order_id": {"type": "string"}}, "required": ["order_id"]}
 LOOK = ToolDefinition(name="look", description="Look it up.", parameters=SCHEMA, python="tools:look")
 

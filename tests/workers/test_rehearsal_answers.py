@@ -38,7 +38,7 @@ ACT = tool("act", ["order_id"], order_id="string")
 
 
 def lost(order_id: str, kind: str = "shop.lost") -> str:
-    return f'Event {kind} (id e-{order_id}, subject None, from /shop)\n{{"order_id":"{order_id}"}}'
+    return f'Event {kind} (id e-{order_id}, from /shop)\n{{"order_id":"{order_id}"}}'
 
 
 def user(text: str) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def test_a_message_can_say_what_is_answered() -> None:
     """Also from anywhere in an event's data."""
     assert directed("Please [[say good morning]]!").answer == Answer("good morning")
     event = json.dumps({"customer": {"notes": ["[[say from afar]]"]}})
-    assert directed(f"Event a.b (id 1, subject None, from /s)\n{event}").answer == Answer("from afar")
+    assert directed(f"Event a.b (id 1, from /s)\n{event}").answer == Answer("from afar")
 
 
 def test_a_message_can_ask_for_calls() -> None:
@@ -221,11 +221,11 @@ def test_what_only_looks_like_a_directive_is_text() -> None:
     [
         (lost("order-1", "x.y"), [LOOK], Call("look", {"order_id": "order-1"})),
         (
-            'Event x.y (id 1, subject None, from /s)\n{"order_id":"a","limit":3,"other":1}',
+            'Event x.y (id 1, from /s)\n{"order_id":"a","limit":3,"other":1}',
             [LOOK],
             Call("look", {"order_id": "a", "limit": 3}),
         ),
-        ('Event x.y (id 1, subject None, from /s)\n{"order_id":5}', [LOOK], None),
+        ('Event x.y (id 1, from /s)\n{"order_id":5}', [LOOK], None),
         ("Where is order-1042, please?", [LOOK], Call("look", {"order_id": "order-1042"})),
         ("Where is parcel-1042, please?", [LOOK], None),
         (
@@ -260,7 +260,7 @@ def test_it_can_show_that_it_remembers() -> None:
     talk = Talk()
     assert talk.turn("Do you remember me?") == "I was shown no message before this one."
     talk.messages.append(user("(A message is left out here: it could not be answered.)"))
-    talk.turn('Event a.b (id 1, subject None, from /s)\n{"text":"My name is Ada."}')
+    talk.turn('Event a.b (id 1, from /s)\n{"text":"My name is Ada."}')
     assert (
         talk.turn("What did I say before?") == 'I was shown 2 messages before this one. The last was: "My name is Ada."'
     )

@@ -61,13 +61,13 @@ def test_an_event_is_read_as_it_was_rendered(event_id: str, subject: str | None,
     told = read_event(render(Event(id=event_id, source="/s", type="a.b", subject=subject, data=data)))
     assert told is not None
     assert (told.type, told.data) == ("a.b", data)
-    if "subject" not in event_id and subject is not None and subject != "None" and "from" not in subject:
-        assert (told.id, told.subject, told.source) == (event_id, subject, "/s")
+    if ", " not in event_id and ", " not in (subject or ""):
+        assert (told.id, told.subject, told.source) == (event_id, subject or None, "/s")
 
 
 def test_what_a_person_wrote_is_a_question() -> None:
     """A message that is no event is what a person said, also when it only looks like an event."""
-    for text in ("Hello?", "Event x (id 1, subject None, from /s)\nnot JSON"):
+    for text in ("Hello?", "Event x (id 1, from /s)\nnot JSON"):
         assert read_event(text) == question(text)
 
 
