@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from activities import metrics
 from activities.heartbeat import beating
+from activities.kafka import Kafka
 from workflows import names
 from workflows.errors import Remedy, activity_error
 from workflows.events import Outgoing
@@ -30,9 +31,8 @@ _TURNS = (names.TURN_COMPLETED_TYPE, names.TURN_FAILED_TYPE)
 class Publish(PublishActivities):
     """Puts events on their topics. The producer connects when it is first needed, and again after it was lost."""
 
-    def __init__(self, bootstrap: str, *, idempotence: bool) -> None:
-        self._bootstrap = bootstrap
-        self._idempotence = idempotence
+    def __init__(self, kafka: Kafka) -> None:
+        self._kafka = kafka
         self._producer: AIOKafkaProducer | None = None
         self._connecting = asyncio.Lock()
 
@@ -44,8 +44,10 @@ class Publish(PublishActivities):
                 refused = await self._send(request.messages)
             except KafkaError as error:
                 await self._disconnect()
+                denial = await self._kafka.denial()
+                why = denial.why if denial else repr(error)
                 raise activity_error(
-                    Remedy.RETRY_LATER, f"Kafka at {self._bootstrap} did not take the events: {error!r}"
+                    Remedy.RETRY_LATER, f"Kafka at {self._kafka.bootstrap} did not take the events: {why}"
                 ) from error
         for message in request.messages:
             if message.id not in refused:
@@ -81,9 +83,7 @@ class Publish(PublishActivities):
     async def _connected(self) -> AIOKafkaProducer:
         async with self._connecting:
             if self._producer is None:
-                producer = AIOKafkaProducer(
-                    bootstrap_servers=self._bootstrap, acks="all", enable_idempotence=self._idempotence
-                )
+                producer = AIOKafkaProducer(**self._kafka.producer())
                 try:
                     await producer.start()
                 except BaseException:

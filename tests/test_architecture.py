@@ -16,6 +16,7 @@ from temporalio import activity
 from temporalio.worker import Worker
 
 from activities.endpoints import ModelsConfig, PoolConfig, Pools
+from activities.kafka import Kafka
 from activities.ledger import Ledger
 from activities.publish import Publish
 from activities.specs import SpecSet
@@ -76,7 +77,7 @@ async def test_the_workers_serve_all_activities_and_no_others(temporal_server: T
     client = await wiring.connect(settings)
     config = ModelsConfig(pools={"only": PoolConfig(model="openai-chat:small", base_url="http://127.0.0.1:9/v1")})
     async with Ledger(f"sqlite:///{tmp_path}/ledger.db") as ledger, Pools(config, {}) as pools:
-        agents = agent_worker(client, settings, SpecSet([]), ledger, Publish("127.0.0.1:9", idempotence=False))
+        agents = agent_worker(client, settings, SpecSet([]), ledger, Publish(Kafka("127.0.0.1:9")))
         models = model_worker(client, settings, ledger, pools)
     assert registered(agents) | registered(models) == interface_names()
     assert registered(models) == {"think"}

@@ -14,7 +14,7 @@ from activities.ledger import Ledger
 from activities.publish import Publish
 from activities.specs import SpecError, Specs, SpecSet, load_specs
 from activities.tools import Tools
-from workers import wiring
+from workers import kafka, wiring
 from workers.settings import Settings
 from workflows.agent import AgentWorkflow
 
@@ -70,7 +70,7 @@ async def main(settings: Settings, stop: asyncio.Event) -> None:
     if client is None:
         return
     await wiring.ensure_search_attributes(client)
-    publisher = Publish(settings.kafka_bootstrap, idempotence=settings.kafka_idempotence)
+    publisher = Publish(kafka.reached_by(settings))
     async with (
         Ledger(settings.ledger_url) as ledger,
         contextlib.aclosing(publisher),

@@ -19,6 +19,8 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -32,8 +34,11 @@ from workers.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     from workers.console import Output
+    from workers.dlq import Filter, Letter
     from workflows.events import Event
     from workflows.names import Address
+
+_WARNINGS_SHOWN = 20
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Agent = Annotated[str, typer.Argument(metavar="AGENT", help="TENANT/AGENT/KEY, or AGENT/KEY, or a workflow id.")]
@@ -90,8 +95,10 @@ app = typer.Typer(
 )
 worker = typer.Typer(no_args_is_help=True, help="Run one process, against the servers that the settings name.")
 specs = typer.Typer(no_args_is_help=True, help="Work with the agents' YAML files.")
+dlq = typer.Typer(no_args_is_help=True, help="Work with dead letters: records that could not be understood.")
 app.add_typer(worker, name="worker")
 app.add_typer(specs, name="specs")
+app.add_typer(dlq, name="dlq")
 
 
 def _print_version(*, asked: bool) -> None:
@@ -127,7 +134,10 @@ def _output(*, as_json: bool = False) -> Output:
 # Processes --------------------------------------------------------------------------------------------------------
 
 
-@app.command(epilog=_examples("perennial dev", "perennial dev --state-dir /tmp/try"))
+@app.command(
+    short_help="Run everything on this machine.",
+    epilog=_examples("perennial dev", "perennial dev --state-dir /tmp/try"),
+)
 def dev(
     state_dir: Annotated[
         Path | None, typer.Option(help="Where agents, conversations and logs are kept.", show_default=".perennial")
@@ -255,8 +265,10 @@ async def _send(settings: Settings, topic: str, lines: Sequence[Any], *, raw: bo
     if not lines:
         raise CommandError("There is no event to send: the input is empty.", BAD_INPUT)
     prepared, warnings = topics.prepare(lines, topic, known_specs(settings.specs), raw=raw)
-    for warning in warnings:
+    for warning in warnings[:_WARNINGS_SHOWN]:
         output.warning(warning)
+    if len(warnings) > _WARNINGS_SHOWN:
+        output.warning(f"and {len(warnings) - _WARNINGS_SHOWN} more of that kind")
     with output.progress(f"sending to {topic}", len(prepared)) as progress:
         await topics.send(settings, topic, prepared, on_progress=progress)
     if output.as_json:
@@ -331,7 +343,7 @@ def _is_of(event: Event, agent: str) -> bool:
 )
 def ask(
     agent: Agent,
-    text: Annotated[str, typer.Argument(help="What to ask.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="What to ask.")],
     *,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the reply.")] = 120.0,
     ask_id: Annotated[
@@ -403,7 +415,10 @@ async def _agents(settings: Settings, tenant: str | None, agent: str | None, lim
     output.note(f"`perennial show {found[0].agent}` shows one of them.")
 
 
-@app.command(epilog=_examples("perennial show customer-service/customer-17", "perennial show AGENT --limit 5 --json"))
+@app.command(
+    short_help="Show one agent and its transcript.",
+    epilog=_examples("perennial show customer-service/customer-17", "perennial show AGENT --limit 5 --json"),
+)
 def show(
     agent: Agent,
     *,
@@ -484,10 +499,150 @@ def _user() -> str:
         return ""
 
 
+# Dead letters -----------------------------------------------------------------------------------------------------
+
+Letters = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="As `perennial dlq list` names them.")]
+OfReason = Annotated[str | None, typer.Option("--reason", help="Only of this reason, or pattern: `bad_*`.")]
+OfTopic = Annotated[str | None, typer.Option("--topic", help="Only from this topic, or pattern.")]
+Since = Annotated[
+    datetime | None,
+    typer.Option(help="Only dead-lettered since then (UTC).", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]),
+]
+All = Annotated[bool, typer.Option("--all", help="All that the filters let through.")]
+Why = Annotated[str, typer.Option("--why", help="Why; it is kept with the letter.")]
+
+
+class _State(StrEnum):
+    OPEN = "open"
+    REDRIVEN = "redriven"
+    DROPPED = "dropped"
+    ALL = "all"
+
+
+@dlq.command("list", epilog=_examples("perennial dlq list", "perennial dlq list --state all --reason 'bad_*' --json"))
+def dlq_list(  # noqa: PLR0913  # one for each filter
+    *,
+    state: Annotated[_State, typer.Option(help="Only those about which this was done.")] = _State.OPEN,
+    reason: OfReason = None,
+    topic: OfTopic = None,
+    since: Since = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many at most, the newest.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """List dead letters, the oldest first: where they come from, and why they are here."""
+    from workers import dlq as letters
+    from workers import views
+
+    output = _output(as_json=as_json)
+    only = letters.State(state.value) if state is not _State.ALL else None
+    wanted = letters.Filter(state=only, reason=reason, topic=topic, since=_utc(since))
+    found = [letter for letter in asyncio.run(letters.read(Settings.load())) if wanted.wants(letter)]
+    if output.as_json:
+        output.data(found[-limit:])
+        return
+    if not found:
+        output.note("There are no such dead letters.")
+        return
+    output.table(
+        ["ID", "STATE", "REASON", "FROM", "AT", "MESSAGE"], [views.dead_letter(letter) for letter in found[-limit:]]
+    )
+    if len(found) > limit:
+        output.note(f"The newest {limit} of {len(found)} are shown; --limit shows more.")
+    output.note(
+        f"`perennial dlq show {found[-1].id}` shows one whole; `redrive` sends one again, `drop` sets it aside."
+    )
+
+
+@dlq.command("show", epilog=_examples("perennial dlq show 2-17"))
+def dlq_show(letter: Annotated[str, typer.Argument(metavar="ID")], *, as_json: Json = False) -> None:
+    """Show a dead letter: the record as it was, byte for byte, and what is wrong with it."""
+    from workers import dlq as letters
+    from workers import views
+
+    output = _output(as_json=as_json)
+    (found,) = letters.pick(asyncio.run(letters.read(Settings.load())), [letter])
+    if output.as_json:
+        output.data(found)
+        return
+    for line in views.dead_letter_whole(found):
+        output.say(line)
+
+
+@dlq.command(
+    "redrive", epilog=_examples("perennial dlq redrive 2-17 0-4", "perennial dlq redrive --all --reason unknown_agent")
+)
+def dlq_redrive(  # noqa: PLR0913  # one for each filter
+    ids: Letters = None,
+    *,
+    every: All = False,
+    reason: OfReason = None,
+    topic: OfTopic = None,
+    since: Since = None,
+    why: Why = "",
+    as_json: Json = False,
+) -> None:
+    """Put records back onto their own topics, byte for byte, once what was in their way is mended.
+
+    An event keeps its identity: sent again, it has no effect on an agent that has seen it.
+    """
+    from workers import dlq as letters
+
+    settings, output = Settings.load(), _output(as_json=as_json)
+    found = _letters(ids, every, letters.Filter(reason=reason, topic=topic, since=_utc(since)))
+    with output.progress("redriving", len(found)) as progress:
+        asyncio.run(letters.redrive(settings, found, by=_user(), why=why, on_progress=progress))
+    _done(output, "redriven", found)
+
+
+@dlq.command("drop", epilog=_examples("perennial dlq drop 2-17 --why 'a test of the shop team'"))
+def dlq_drop(  # noqa: PLR0913  # one for each filter
+    ids: Letters = None,
+    *,
+    every: All = False,
+    reason: OfReason = None,
+    topic: OfTopic = None,
+    since: Since = None,
+    why: Why = "",
+    as_json: Json = False,
+) -> None:
+    """Note that nothing will be done about dead letters; they are listed no more, save with --state dropped."""
+    from workers import dlq as letters
+
+    settings, output = Settings.load(), _output(as_json=as_json)
+    found = _letters(ids, every, letters.Filter(reason=reason, topic=topic, since=_utc(since)))
+    asyncio.run(letters.drop(settings, found, by=_user(), why=why))
+    _done(output, "dropped", found)
+
+
+def _letters(ids: Sequence[str] | None, every: bool, wanted: Filter) -> list[Letter]:  # noqa: FBT001  # as given
+    """The dead letters somebody means: by their names, or all that a filter lets through."""
+    from workers import dlq as letters
+
+    if bool(ids) == every:
+        raise typer.BadParameter(
+            "name dead letters by their ids, or say --all (and which, by --reason, --topic, --since)"
+        )
+    found = asyncio.run(letters.read(Settings.load()))
+    return letters.pick(found, ids) if ids else [letter for letter in found if wanted.wants(letter)]
+
+
+def _done(output: Output, what: str, found: Sequence[Letter]) -> None:
+    if output.as_json:
+        output.data({what: [letter.id for letter in found]})
+    else:
+        output.note(f"{what} {len(found)} dead letter{'' if len(found) == 1 else 's'}")
+
+
+def _utc(at: datetime | None) -> datetime | None:
+    return at.replace(tzinfo=UTC) if at else None
+
+
 # Looking after it -------------------------------------------------------------------------------------------------
 
 
-@app.command(epilog=_examples("perennial doctor", "perennial doctor --json"))
+@app.command(
+    short_help="Say what is missing, and what to do.", epilog=_examples("perennial doctor", "perennial doctor --json")
+)
 def doctor(*, as_json: Json = False) -> None:
     """Look at everything that Perennial needs, and say what to do about what is not right. Changes nothing."""
     asyncio.run(_doctor(Settings.load(), _output(as_json=as_json)))
@@ -502,9 +657,13 @@ async def _doctor(settings: Settings, output: Output) -> None:
     if output.as_json:
         output.data(checks)
     else:
-        output.table(["", "WHAT", "FOUND", "WHAT TO DO"], [views.check(check) for check in checks])
-    if any(check.needed and not check.ok for check in checks):
+        for line in views.checks(checks):
+            output.say(line)
+    wrong = [check.what for check in checks if check.needed and not check.ok]
+    if wrong:
+        output.note(f"not right: {', '.join(wrong)}")
         raise typer.Exit(FAILED)
+    output.note("all is well")
 
 
 @specs.command("check", epilog=_examples("perennial specs check", "perennial specs check my-agents/"))
@@ -516,10 +675,14 @@ def specs_check(
     as_json: Json = False,
 ) -> None:
     """Check the agents' YAML files and their tools. All faults are named, with file and line; exit status 2."""
+    from workers import views
     from workers.operations import check_specs
 
     output = _output(as_json=as_json)
-    found = check_specs(folder or Settings.load().specs)
+    folder = folder or Settings.load().specs
+    found = check_specs(folder)
+    if not found:
+        raise CommandError(f"There are no specs (*.yaml) in {folder}.", BAD_INPUT)
     if output.as_json:
         output.data(found)
         return
@@ -535,10 +698,13 @@ def specs_check(
             for spec in found
         ],
     )
-    output.note(f"{len(found)} specs are in order")
+    output.note(f"in order: {views.count(len(found), 'spec')}")
 
 
-@app.command(epilog=_examples("perennial demo", "perennial demo --stay", "perennial demo --events my-events.jsonl"))
+@app.command(
+    short_help="Kill workers in mid-turn, and count what is lost.",
+    epilog=_examples("perennial demo", "perennial demo --stay", "perennial demo --events my-events.jsonl"),
+)
 def demo(
     *,
     events: Annotated[

@@ -16,6 +16,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from pydantic import BaseModel, ConfigDict
 
+from activities.kafka import Kafka
 from workers.records import Record
 from workflows import names
 
@@ -33,6 +34,9 @@ _MESSAGE = "dlq.message"
 _ATTEMPTS = "dlq.attempts"
 _FIRST_FAILED = "dlq.first-failed"
 _LAST_FAILED = "dlq.last-failed"
+_VALUE = "dlq.original.value"
+"""Says that the original has neither key nor value: our client can't write that, so an empty value stands in."""
+_NULL = "null"
 
 
 class DeadLetter(BaseModel):
@@ -66,7 +70,18 @@ class DeadLetter(BaseModel):
             _FIRST_FAILED: self.first_failed.astimezone(UTC).isoformat(),
             _LAST_FAILED: self.last_failed.astimezone(UTC).isoformat(),
         }
+        if self._is_empty:
+            ours[_VALUE] = _NULL
         return [*self.original.headers, *((name, text.encode()) for name, text in ours.items())]
+
+    @property
+    def value(self) -> bytes | None:
+        """The value of the record in the dead-letter topic."""
+        return b"" if self._is_empty else self.original.value
+
+    @property
+    def _is_empty(self) -> bool:
+        return self.original.key is None and self.original.value is None
 
     @classmethod
     def parse(cls, record: Record) -> Self:
@@ -87,7 +102,7 @@ class DeadLetter(BaseModel):
                 offset=int(ours[_OFFSET]),
                 timestamp=int(ours[_TIMESTAMP]),
                 key=record.key,
-                value=record.value,
+                value=None if ours.get(_VALUE) == _NULL else record.value,
                 headers=record.headers[: starts[-1]],
             )
             return cls(
@@ -108,9 +123,8 @@ class DeadLetter(BaseModel):
 class DeadLetters:
     """Writes to the dead-letter topic. Connects when first needed, and again after a failure."""
 
-    def __init__(self, bootstrap: str, *, idempotence: bool) -> None:
-        self._bootstrap = bootstrap
-        self._idempotence = idempotence
+    def __init__(self, kafka: Kafka) -> None:
+        self._kafka = kafka
         self._producer: AIOKafkaProducer | None = None
 
     async def write(self, letters: Iterable[DeadLetter]) -> None:
@@ -125,7 +139,7 @@ class DeadLetters:
                 await producer.send(
                     names.DEAD_LETTER_TOPIC,
                     key=letter.original.key,
-                    value=letter.original.value,
+                    value=letter.value,
                     headers=letter.headers,
                 )
                 for letter in letters
@@ -145,9 +159,7 @@ class DeadLetters:
     async def _connected(self) -> AIOKafkaProducer:
         if self._producer is None:
             producer = AIOKafkaProducer(
-                bootstrap_servers=self._bootstrap,
-                acks="all",
-                enable_idempotence=self._idempotence,
+                **self._kafka.producer(),
                 max_request_size=_LARGEST,
                 compression_type="gzip",  # our headers must not push a record over the broker's limit
             )

@@ -8,6 +8,7 @@ Nothing is changed, and no money is spent: model endpoints are connected to, and
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from pydantic import BaseModel
+from sqlalchemy import make_url
 from temporalio.api.enums.v1 import TaskQueueType
 from temporalio.api.operatorservice.v1 import ListSearchAttributesRequest
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
@@ -24,7 +26,7 @@ from temporalio.service import RPCError
 
 from activities.endpoints import ModelsConfig, ModelsError
 from activities.ledger import Ledger
-from workers import operations, topics, wiring
+from workers import kafka, operations, topics, wiring
 from workers.exits import CommandError
 from workers.model import model_pools, models_config
 from workers.settings import Settings
@@ -85,7 +87,7 @@ def _models(settings: Settings, specs: list[AgentSpec]) -> tuple[ModelsConfig | 
         config = models_config(settings)
         model_pools(config)
     except ModelsError as error:
-        return None, [Check(what=what, ok=False, found=str(error), remedy="See the message")]
+        return None, [Check(what=what, ok=False, found=str(error), remedy="Configure them as the message says")]
     pools = ", ".join(f"{name} ({pool.model})" for name, pool in config.pools.items())
     lost = sorted({f"{spec.name} wants route {spec.route!r}" for spec in specs if spec.route not in config.routes})
     if lost:
@@ -126,18 +128,44 @@ async def _endpoint(place: tuple[str, str]) -> list[Check]:
 
 
 async def _ledger(settings: Settings) -> list[Check]:
-    what = "ledger"
-    place = settings.ledger_url.rpartition("@")[2]  # without user and password
+    what, remedy = "ledger", "Correct PERENNIAL_LEDGER_URL, or start the database"
     try:
-        async with asyncio.timeout(_SECONDS), Ledger(settings.ledger_url) as ledger:
+        ledger = Ledger(settings.ledger_url)
+        if missing := _database_to_be(settings.ledger_url):
+            return [_unmade_ledger(missing)]
+        async with asyncio.timeout(_SECONDS), ledger:
             totals = await ledger.totals()
     except TimeoutError:
-        found = f"{place}: no answer within {_SECONDS:g} s"
+        found = f"{ledger.place}: no answer within {_SECONDS:g} s"
     except Exception as error:  # noqa: BLE001  # whatever a database driver raises is what we are asked to tell
-        found = f"{place}: {_said(error)}"
+        found = _said(error)
     else:
-        return [Check(what=what, ok=True, found=f"{place}: {totals}")]
-    return [Check(what=what, ok=False, found=found, remedy="Correct PERENNIAL_LEDGER_URL, or start the database")]
+        return [Check(what=what, ok=True, found=f"{ledger.place}: {totals}")]
+    return [Check(what=what, ok=False, found=found, remedy=remedy)]
+
+
+def _database_to_be(url: str) -> Path | None:
+    """The SQLite file that this URL names and that is not there. To connect would make it."""
+    parts = make_url(url)
+    file = Path(parts.database) if parts.get_backend_name() == "sqlite" and parts.database else None
+    return file if file and not file.exists() else None
+
+
+def _unmade_ledger(file: Path) -> Check:
+    what, there = "ledger", _nearest(file.parent)
+    if there.is_dir() and os.access(there, os.W_OK):
+        return Check(what=what, ok=True, found=f"{file} is not there yet; the first worker makes it")
+    return Check(
+        what=what,
+        ok=False,
+        found=f"{file} can't be made: {there} can't be written to",
+        remedy="Let us write there, or set PERENNIAL_LEDGER_URL",
+    )
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 async def _temporal(settings: Settings) -> list[Check]:
@@ -205,6 +233,9 @@ async def _kafka(settings: Settings, specs: list[AgentSpec]) -> list[Check]:
     what = "Kafka"
     try:
         known = await topics.topics(settings)
+    except topics.NotLetInError as error:
+        found, _, remedy = str(error).rpartition(". ")
+        return [Check(what=what, ok=False, found=found, remedy=remedy.rstrip("."))]
     except CommandError as error:
         return [Check(what=what, ok=False, found=str(error).partition(" Start ")[0], remedy=_DEV)]
     wanted = {*_NEEDED_TOPICS, *(subscription.topic for spec in specs for subscription in spec.subscriptions)}
@@ -223,7 +254,7 @@ async def _kafka(settings: Settings, specs: list[AgentSpec]) -> list[Check]:
 
 async def _ingest(settings: Settings) -> list[Check]:
     what, group = "ingest worker", settings.consumer_group
-    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap)
+    admin = AIOKafkaAdminClient(**kafka.reached_by(settings).client())
     try:
         async with asyncio.timeout(_SECONDS):
             await admin.start()
@@ -242,8 +273,7 @@ async def _ingest(settings: Settings) -> list[Check]:
 
 def _disk(folder: Path) -> Check:
     what = "disk"
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free // 1_000_000
+    free = shutil.disk_usage(_nearest(folder)).free // 1_000_000
     found = f"{free} MB free for {folder}"
     if free < _NEEDED_MB:
         return Check(what=what, ok=False, found=found, remedy="Make room, or set PERENNIAL_STATE_DIR to another disk")
@@ -251,4 +281,5 @@ def _disk(folder: Path) -> Check:
 
 
 def _said(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+    # Temporal's errors carry their message apart from their type.
+    return str(getattr(error, "message", "") or error) or type(error).__name__

@@ -38,6 +38,7 @@ from aiokafka.errors import TopicAlreadyExistsError, for_code
 from typing_extensions import override
 
 from workers.settings import (
+    KAFKA_SECURITY_VARIABLES,
     PREFIX,
     PROVIDER_VARIABLES,
     STACK_FILE,
@@ -283,7 +284,8 @@ class EmbeddedStack:
     def _components(self, temporal: str, broker: str, ports: Ports, addresses: StackAddresses) -> list[Component]:
         environment = inherited_environment()
         ours = environment | self._variables(addresses) | {PREFIX + "STATE_DIR": str(self._state)}
-        ours.pop(PREFIX + "TEMPORAL_API_KEY", None)  # it would turn TLS on
+        for foreign in (PREFIX + "TEMPORAL_API_KEY", *KAFKA_SECURITY_VARIABLES):
+            ours.pop(foreign, None)  # they would turn TLS and logins on
         if self._rehearse:
             for other in (PREFIX + "MODELS", *PROVIDER_VARIABLES):
                 ours.pop(other, None)

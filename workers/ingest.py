@@ -28,7 +28,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from typing_extensions import override
 
 from activities import metrics
-from workers import records, wiring
+from workers import kafka, records, wiring
 from workers.agent import specs_or_exit
 from workers.deadletter import DeadLetter, DeadLetters
 from workers.flow import Batch, Flow, Item, Limits, Part, Partition
@@ -127,6 +127,7 @@ class Ingest:
     ) -> None:
         self._client = client
         self._settings = settings
+        self._kafka = kafka.reached_by(settings)
         self._routes = Routes(specs)
         self._limits = limits or Limits()
         self._flow: Flow[_Lane, _Mail | DeadLetter] = Flow(self._limits)
@@ -136,8 +137,8 @@ class Ingest:
         self._watchdog = Watchdog(self._limits.patience_seconds)
         self._polled = 0.0
         self._temporal = _Outage(f"Temporal at {settings.temporal_address}")
-        self._kafka = _Outage(f"Kafka at {settings.kafka_bootstrap}")
-        self._letters = DeadLetters(settings.kafka_bootstrap, idempotence=settings.kafka_idempotence)
+        self._broker = _Outage(f"Kafka at {settings.kafka_bootstrap}")
+        self._letters = DeadLetters(self._kafka)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then let what is in flight finish, commit, and leave the group.
@@ -175,7 +176,7 @@ class Ingest:
         delays = _delays()
         while True:
             consumer = AIOKafkaConsumer(
-                bootstrap_servers=settings.kafka_bootstrap,
+                **self._kafka.client(),
                 group_id=settings.consumer_group,
                 enable_auto_commit=False,
                 auto_offset_reset="earliest",
@@ -192,17 +193,33 @@ class Ingest:
                 await consumer.stop()
                 if not error.retriable:
                     raise IngestError(f"Kafka at {settings.kafka_bootstrap} refuses us: {error}") from error
-                self._kafka.began(error)
+                self._broker.began(await self._denied() or error)
                 await wiring.sleep_unless(stop, next(delays))
                 if stop.is_set():
                     return None
                 continue
-            self._kafka.ended()
+            self._broker.ended()
             if missing:
                 log.warning("These topics do not exist yet; their events are read once they do: %s", sorted(missing))
             # Subscribed only now: `start` would wait for an assignment without an end.
             consumer.subscribe(sorted(self._routes.topics), listener=_Listener(self))
             return consumer
+
+    async def _denied(self) -> str | None:
+        """Why Kafka may not let us in, where that is to be seen.
+
+        Raises:
+            IngestError: it does not, whenever we ask.
+        """
+        denial = await self._kafka.denial()
+        if denial is None:
+            return None
+        if denial.final:
+            raise IngestError(
+                f"Kafka at {self._kafka.bootstrap} does not let us in: {denial.why}. Check the PERENNIAL_KAFKA_* "
+                "settings; nothing was read, and nothing is lost."
+            )
+        return denial.why
 
     async def _poll(self) -> None:
         """Read, also while all partitions are paused: a consumer that does not poll is put out of the group."""
@@ -212,7 +229,7 @@ class Ingest:
             except KafkaError as error:
                 if not error.retriable:
                     raise IngestError(f"Reading from Kafka has failed: {error!r}") from error
-                self._kafka.began(error)
+                self._broker.began(error)
                 await asyncio.sleep(_FIRST_DELAY)
                 continue
             self._polled = asyncio.get_running_loop().time()
@@ -287,9 +304,9 @@ class Ingest:
                 "The group has rebalanced before %d offsets were committed; their records come again", len(offsets)
             )
         except (KafkaError, TimeoutError) as error:
-            self._kafka.began(error)
+            self._broker.began(error)
         else:
-            self._kafka.ended()
+            self._broker.ended()
             self._committed.update(offsets)
 
     async def _watch(self) -> None:
@@ -301,6 +318,7 @@ class Ingest:
                 await self._consumer.topics()  # does it answer at all?
                 ends = await self._consumer.end_offsets(assigned) if assigned else {}
         except (KafkaError, TimeoutError):
+            await self._denied()  # a password that was changed is not an outage
             self._watchdog.reset()
             self._polled = loop.time()
             return
@@ -457,11 +475,11 @@ class Ingest:
                 )
                 await self._rest(delay)
             except KafkaError as error:
-                self._kafka.began(error)
+                self._broker.began(error)
                 await self._rest(delay)
             else:
                 break
-        self._kafka.ended()
+        self._broker.ended()
         self._flow.finish(items)
         for letter in letters:
             metrics.dead_letter(letter.reason)
@@ -522,9 +540,10 @@ class _Outage:
         self._server = server
         self._away = False
 
-    def began(self, error: Exception) -> None:
+    def began(self, error: Exception | str) -> None:
         if not self._away:
-            log.warning("%s does not take our requests; waiting and trying again: %r", self._server, error)
+            why = error if isinstance(error, str) else repr(error)
+            log.warning("%s does not take our requests; waiting and trying again: %s", self._server, why)
         self._away = True
 
     def ended(self) -> None:

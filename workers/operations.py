@@ -20,6 +20,7 @@ from uuid import uuid4
 import yaml
 from pydantic import BaseModel
 from temporalio.api.enums.v1 import TaskQueueType
+from temporalio.api.errordetails.v1 import NamespaceNotFoundFailure
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.client import (
@@ -50,6 +51,8 @@ _QUIET_SECONDS = 3.0
 """After how long without an answer we look whether there are workers at all."""
 _MOVED_DELAY = 0.2
 _STEER_SECONDS = 20.0
+
+_TO_ASK_AGAIN = {"AcceptedUpdateCompletedWorkflow", names.MOVING}
 
 _STATE = SearchAttributeKey.for_keyword(names.STATE_ATTRIBUTE)
 
@@ -119,6 +122,13 @@ def resolve(text: str, specs: Sequence[AgentSpec] | None) -> Address:
         CommandError: there is no such agent, or more than one.
     """
     address = _parse(text, specs)
+    if not all(address):
+        missing = "key" if address.agent else "agent"
+        raise CommandError(
+            f"{text!r} names no {missing}: write {address.agent or 'AGENT'}/KEY. The key says which one is meant, "
+            "as in customer-service/customer-17.",
+            BAD_INPUT,
+        )
     try:
         names.workflow_id(address)
     except ValueError as error:
@@ -179,6 +189,8 @@ async def connect(settings: Settings) -> Client:
 def _away(settings: Settings, why: str) -> str:
     # An ordinary refusal is a page of the HTTP library's own words.
     detail = "" if not why or "refused" in why else f" ({why})"
+    if "dns error" in why:
+        detail = " (there is no host of that name)"
     return (
         f"Temporal at {settings.temporal_address} does not answer{detail}. Start the embedded stack with "
         "`perennial dev`, or set PERENNIAL_TEMPORAL_ADDRESS."
@@ -278,7 +290,7 @@ async def ask(  # noqa: PLR0913  # who asks whom what, and how long to wait
             return await asking
     finally:
         asking.cancel()
-        await asyncio.wait([asking])
+        await asyncio.gather(asking, return_exceptions=True)
 
 
 async def absent_workers(client: Client, settings: Settings) -> str:
@@ -302,19 +314,29 @@ async def _ask(client: Client, settings: Settings, address: Address, request: As
                 names.ASK, request, start_workflow_operation=start, result_type=Reply, id=request.id
             )
         except WorkflowUpdateRPCTimeoutOrCancelledError:
-            pass  # the server lets a call wait for so long and no longer
+            # The server lets a call wait for so long and no longer. Our own cancellation looks the same.
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
         except WorkflowUpdateFailedError as error:
             # The agent closed or continued as new before it had taken the question: its next run takes it.
-            if not (
-                isinstance(error.cause, ApplicationError) and error.cause.type == "AcceptedUpdateCompletedWorkflow"
-            ):
+            if not (isinstance(error.cause, ApplicationError) and error.cause.type in _TO_ASK_AGAIN):
                 raise
         except RPCError as error:
-            if error.status not in {RPCStatusCode.NOT_FOUND, RPCStatusCode.ABORTED}:
+            if error.status not in {RPCStatusCode.NOT_FOUND, RPCStatusCode.ABORTED} or _no_namespace(error):
                 raise
         else:
             return reply
+        finally:
+            # The start's own outcome, which nobody else asks for: asyncio would complain on standard error.
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(0):
+                    await start.workflow_handle()
         await asyncio.sleep(_MOVED_DELAY)
+
+
+def _no_namespace(error: RPCError) -> bool:
+    """Whether it is the namespace that was not found; an agent may be found again, a namespace not."""
+    return any(detail.Is(NamespaceNotFoundFailure.DESCRIPTOR) for detail in error.grpc_status.details)
 
 
 # List -------------------------------------------------------------------------------------------------------------

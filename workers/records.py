@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import Any, Self
 
 from pydantic import JsonValue, ValidationError
 from pydantic_core import from_json
@@ -76,6 +77,19 @@ class Record:
     key: bytes | None
     value: bytes | None
     headers: Headers = ()
+
+    @classmethod
+    def of(cls, message: Any) -> Self:
+        """The record in a message of aiokafka (a `ConsumerRecord`, which has no type hints)."""
+        return cls(
+            topic=message.topic,
+            partition=message.partition,
+            offset=message.offset,
+            timestamp=message.timestamp,
+            key=message.key,
+            value=message.value,
+            headers=tuple(message.headers),
+        )
 
     @property
     def size(self) -> int:

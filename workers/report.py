@@ -67,8 +67,9 @@ async def report(client: Client, settings: Settings, address: Address, *, limit:
             steps = await ledger.count(workflow_id)
             transcript = await ledger.transcript(workflow_id, limit=limit)
             snapshot = None if awake else await ledger.get_snapshot(workflow_id)
-    except ApplicationError as error:
-        raise CommandError(f"{error.message}. Correct PERENNIAL_LEDGER_URL, or start the database.") from error
+    except (ApplicationError, ValueError) as error:
+        why = error.message if isinstance(error, ApplicationError) else str(error)
+        raise CommandError(f"{why}\nCorrect PERENNIAL_LEDGER_URL, or start the database.") from error
     if run is None and snapshot is None and not steps:
         raise CommandError(
             f"There has never been an agent {operations.shown(address)}. `perennial agents` lists those there are."

@@ -13,13 +13,17 @@ in the same directory finds them there. A variable set in the environment wins o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 PREFIX = "PERENNIAL_"
 STACK_FILE = "stack.env"
@@ -45,6 +49,22 @@ _PROVIDER_OPTIONS = (
     "AWS_DEFAULT_REGION",
 )
 
+KAFKA_SECURITY_VARIABLES = tuple(
+    PREFIX + name
+    for name in (
+        *(
+            "KAFKA_SECURITY_PROTOCOL",
+            "KAFKA_TLS_CA",
+            "KAFKA_TLS_CERTIFICATE",
+            "KAFKA_TLS_KEY",
+            "KAFKA_TLS_KEY_PASSWORD",
+        ),
+        *("KAFKA_SASL_MECHANISM", "KAFKA_SASL_USERNAME", "KAFKA_SASL_PASSWORD"),
+        *("KAFKA_OAUTH_TOKEN_FILE", "KAFKA_OAUTH_TOKEN_COMMAND"),
+    )
+)
+"""What the embedded broker, which lets in everybody on this machine, has no use for."""
+
 
 class SettingsError(Exception):
     """One or more settings are wrong; the message names each variable, what was wrong and what is expected."""
@@ -68,6 +88,30 @@ class Settings(BaseSettings):
     kafka_bootstrap: str = Field("127.0.0.1:9092", description="Kafka bootstrap servers, host:port, comma separated")
     kafka_idempotence: bool = Field(
         default=True, description="idempotent producer; false for the embedded broker, which has none"
+    )
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="how to speak to Kafka: PLAINTEXT, SSL (TLS), SASL_PLAINTEXT or SASL_SSL"
+    )
+    kafka_tls_ca: Path | None = Field(
+        None, description="PEM file of the CA of Kafka's certificates; without it, the CAs that the system trusts"
+    )
+    kafka_tls_certificate: Path | None = Field(
+        None, description="PEM file of our certificate, where Kafka asks clients for one"
+    )
+    kafka_tls_key: Path | None = Field(
+        None, description="PEM file of its key; without it, the key is in the certificate's file"
+    )
+    kafka_tls_key_password: SecretStr | None = Field(None, description="password of that key, where it has one")
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None = Field(
+        None, description="how to log in to Kafka: PLAIN, SCRAM-SHA-256, SCRAM-SHA-512 or OAUTHBEARER"
+    )
+    kafka_sasl_username: str | None = Field(None, description="user for PLAIN and SCRAM")
+    kafka_sasl_password: SecretStr | None = Field(None, description="password for PLAIN and SCRAM")
+    kafka_oauth_token_file: Path | None = Field(
+        None, description="file with the token for OAUTHBEARER; read anew for each connection"
+    )
+    kafka_oauth_token_command: str | None = Field(
+        None, description="or a command that prints the token; run anew for each connection, without a shell"
     )
     consumer_group: Annotated[str, Field(min_length=1)] = Field(
         "perennial-ingest", description="Kafka consumer group of the ingest workers"
@@ -108,6 +152,68 @@ class Settings(BaseSettings):
         """How long a stopping worker lets running activities finish."""
         return timedelta(seconds=self.drain_seconds)
 
+    @model_validator(mode="after")
+    def _kafka_security_fits_together(self) -> Self:
+        faults = [f"{PREFIX}{name.upper()}: {fault}" for name, fault in self._kafka_security_faults()]
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def _kafka_security_faults(self) -> Iterator[tuple[str, str]]:
+        protocol, mechanism = self.kafka_security_protocol, self.kafka_sasl_mechanism
+        tls, sasl = protocol.endswith("SSL"), protocol.startswith("SASL")
+        oauth = mechanism == "OAUTHBEARER"
+        wants_tls, wants_sasl = f"{protocol} has no TLS; use SSL or SASL_SSL", f"{protocol} has no login; use SASL_SSL"
+        if sasl and not mechanism:
+            yield "kafka_sasl_mechanism", f"{protocol} needs one"
+        # What is set would be of no effect, and whoever set it believes that it is.
+        useless = {
+            "kafka_tls_ca": (tls, wants_tls),
+            "kafka_tls_certificate": (tls, wants_tls),
+            "kafka_tls_key": (self.kafka_tls_certificate, "it needs PERENNIAL_KAFKA_TLS_CERTIFICATE"),
+            "kafka_tls_key_password": (self.kafka_tls_certificate, "it needs PERENNIAL_KAFKA_TLS_CERTIFICATE"),
+            "kafka_sasl_mechanism": (sasl, wants_sasl),
+            "kafka_sasl_username": (mechanism and not oauth, "it goes with PLAIN and SCRAM only"),
+            "kafka_sasl_password": (mechanism and not oauth, "it goes with PLAIN and SCRAM only"),
+            "kafka_oauth_token_file": (oauth, "it goes with the mechanism OAUTHBEARER only"),
+            "kafka_oauth_token_command": (oauth, "it goes with the mechanism OAUTHBEARER only"),
+        }
+        for name, (used, why) in useless.items():
+            if getattr(self, name) is not None and not used:
+                yield name, why
+        if mechanism and not oauth:
+            for name in ("kafka_sasl_username", "kafka_sasl_password"):
+                if not getattr(self, name):
+                    yield name, f"{mechanism} needs one"
+        if oauth:
+            yield from self._token_faults()
+        if tls:
+            yield from self._tls_faults()
+
+    def _token_faults(self) -> Iterator[tuple[str, str]]:
+        if (self.kafka_oauth_token_file is None) == (self.kafka_oauth_token_command is None):
+            yield "kafka_oauth_token_file", "OAUTHBEARER needs either this or PERENNIAL_KAFKA_OAUTH_TOKEN_COMMAND"
+        if self.kafka_oauth_token_command is not None:
+            try:
+                if not shlex.split(self.kafka_oauth_token_command):
+                    yield "kafka_oauth_token_command", "it names no command"
+            except ValueError as error:
+                yield "kafka_oauth_token_command", f"it is no command line: {error}"
+
+    def _tls_faults(self) -> Iterator[tuple[str, str]]:
+        from activities.kafka import tls_context  # noqa: PLC0415  # `perennial --help` need not load aiokafka
+
+        password = self.kafka_tls_key_password.get_secret_value() if self.kafka_tls_key_password else None
+        try:
+            tls_context(self.kafka_tls_ca, None, None, None)
+        except OSError as error:
+            yield "kafka_tls_ca", str(error)
+        if self.kafka_tls_certificate is not None:
+            try:
+                tls_context(None, self.kafka_tls_certificate, self.kafka_tls_key, password)
+            except OSError as error:
+                yield "kafka_tls_certificate", str(error)
+
     @classmethod
     def load(cls) -> Self:
         """The settings of this process, from the environment and a running embedded stack.
@@ -120,13 +226,19 @@ class Settings(BaseSettings):
         try:
             return cls(_env_file=stack_file if stack_file.is_file() else None)
         except ValidationError as error:
-            lines = [
-                f"  {PREFIX}{str(fault['loc'][0]).upper()}: {fault['msg']} (got {fault['input']!r})"
-                for fault in error.errors()
-            ]
+            lines = [f"  {line}" for fault in error.errors() for line in _described(fault)]
             raise SettingsError(
                 "These settings are wrong; correct them in the environment:\n" + "\n".join(lines)
             ) from error
+
+
+def _described(fault: ErrorDetails) -> list[str]:
+    """A fault in words; what was got is not shown where it may be a secret, or is everything."""
+    if not fault["loc"]:
+        return str(fault["ctx"]["error"]).splitlines()
+    name = str(fault["loc"][0])
+    got = "" if name.endswith(("password", "command")) else f" (got {fault['input']!r})"
+    return [f"{PREFIX}{name.upper()}: {fault['msg']}{got}"]
 
 
 def provider_configured() -> bool:

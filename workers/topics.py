@@ -21,7 +21,7 @@ from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 from pydantic import JsonValue
 from pydantic_core import from_json, to_json
 
-from workers import records
+from workers import kafka, records
 from workers.exits import BAD_INPUT, CommandError
 from workers.flow import Limits
 from workers.records import Decoded, Record, Rejected, Routes
@@ -35,7 +35,12 @@ _KAFKA_SECONDS = 10.0
 _FAULTS_SHOWN = 20
 _IDS_REMEMBERED = 10_000
 _POLL_MS = 500
+_GATHER_SECONDS = 0.03
 _LARGEST = 64 * 1024 * 1024  # the broker decides what is too large
+
+
+class NotLetInError(CommandError):
+    """Kafka is there, and our settings are not those it wants."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +168,7 @@ async def send(
     """
     await _check_topic(settings, topic)
     producer = AIOKafkaProducer(
-        bootstrap_servers=settings.kafka_bootstrap,
-        acks="all",
-        enable_idempotence=settings.kafka_idempotence,
+        **kafka.reached_by(settings).producer(),
         max_request_size=_LARGEST,
         linger_ms=5,
     )
@@ -176,7 +179,7 @@ async def send(
         done += 1
         on_progress(done)
 
-    async with _kafka(producer, settings):
+    async with connected(producer, settings):
         sent: list[asyncio.Future[object]] = []
         for event in events:
             future = await producer.send(topic, value=event.value, key=event.key, headers=list(_HEADERS))
@@ -208,8 +211,8 @@ async def topics(settings: Settings) -> set[str]:
     Raises:
         CommandError: Kafka is away.
     """
-    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap)
-    async with _kafka(admin, settings, stop=admin.close):
+    admin = AIOKafkaAdminClient(**kafka.reached_by(settings).client())
+    async with connected(admin, settings, stop=admin.close):
         return set(await admin.list_topics())
 
 
@@ -235,22 +238,27 @@ async def watch(
     """
     consumer = AIOKafkaConsumer(
         *watched,
-        bootstrap_servers=settings.kafka_bootstrap,
+        **kafka.reached_by(settings).client(),
         group_id=None,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
     )
-    seen: dict[str, None] = {}
-    async with _kafka(consumer, settings):
+    seen: dict[tuple[str, str], None] = {}
+    async with connected(consumer, settings):
         if not from_beginning:
-            await consumer.seek_to_end()
-            for partition in consumer.assignment():
-                await consumer.position(partition)
+            # Not `seek_to_end`: soon after the start, the reset to the earliest that is under way may win over it.
+            ends = await consumer.end_offsets(consumer.assignment())
+            for partition, offset in ends.items():
+                consumer.seek(partition, offset)
         on_ready()
         while True:
-            fetched = await consumer.getmany(timeout_ms=_POLL_MS)
+            fetched = list((await consumer.getmany(timeout_ms=_POLL_MS)).values())
+            if fetched:  # what comes together is shown in order: a reply, then that its turn is completed
+                await asyncio.sleep(_GATHER_SECONDS)
+                fetched += (await consumer.getmany()).values()
             messages = sorted(
-                (message for part in fetched.values() for message in part), key=lambda message: message.timestamp
+                (message for part in fetched for message in part),
+                key=lambda message: (message.timestamp, watched.index(message.topic)),
             )
             for message in messages:
                 record = Record(
@@ -265,15 +273,15 @@ async def watch(
                 decoded = records.decode(record, max_bytes=_LARGEST)
                 if isinstance(decoded, Rejected):
                     on_reject(f"{record.topic}/{record.partition} at offset {record.offset}: {decoded.message}")
-                elif decoded.event.id not in seen:
-                    seen[decoded.event.id] = None
+                elif (identity := (decoded.event.source, decoded.event.id)) not in seen:
+                    seen[identity] = None
                     if len(seen) > _IDS_REMEMBERED:
                         del seen[next(iter(seen))]
                     yield decoded.event
 
 
 @contextlib.asynccontextmanager
-async def _kafka(
+async def connected(
     client: AIOKafkaProducer | AIOKafkaConsumer | AIOKafkaAdminClient,
     settings: Settings,
     *,
@@ -294,6 +302,11 @@ async def _kafka(
                 f"Kafka at {settings.kafka_bootstrap} lacks a topic: {error}. `perennial doctor` names those needed."
             ) from error
         except (KafkaError, TimeoutError) as error:
+            if denial := await kafka.reached_by(settings).denial():
+                raise NotLetInError(
+                    f"Kafka at {settings.kafka_bootstrap} does not let us in: {denial.why}. Check the "
+                    "PERENNIAL_KAFKA_* settings."
+                ) from error
             raise CommandError(
                 f"Kafka at {settings.kafka_bootstrap} does not answer. Start the "
                 "embedded stack with `perennial dev`, or set PERENNIAL_KAFKA_BOOTSTRAP."

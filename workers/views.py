@@ -5,7 +5,7 @@ Colours say what kind of line it is; nothing is said by colour alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from workflows.events import Event, EventReference
 from workflows.messages import Intervention, Reply, Status, ToolOutcome, TurnOutcome, TurnSummary, Usage
 
 if TYPE_CHECKING:  # they import Temporal's client, which `perennial tail` can do without
+    from workers.dlq import Letter
     from workers.doctor import Check
     from workers.report import AgentReport
 
@@ -49,6 +50,7 @@ _KINDS = {
 _KIND_WIDTH = max(len(word) for word, _ in _KINDS.values())
 _ENTRY_DIGITS = 12
 _LABEL_WIDTH = 9
+_MARK_WIDTH = len("unclear")
 
 
 def state(word: str) -> Text:
@@ -231,19 +233,81 @@ def _facts(told: AgentReport) -> Iterator[tuple[str, str]]:
 
 def steered(who: str, update: str, status: Status) -> Text:
     """What pause, resume or stop came to."""
-    done = {"pause": "paused", "resume": "resumed", "stop": "stopping"}[update]
-    return Text.assemble((visible(who), "bold"), f" {done}: {visible(status.doing)}")
+    waiting = count(status.waiting, "event")
+    what = {
+        names.PAUSE: f"is paused; {waiting} waiting, until `perennial resume`",
+        names.RESUME: f"goes on: {status.doing}",
+        names.STOP: "goes to sleep; its next event or question wakes it",
+    }[update]
+    return Text.assemble((visible(who), "bold"), f" {visible(what)}")
+
+
+# Dead letters -----------------------------------------------------------------------------------------------------
+
+
+def dead_letter(found: Letter) -> tuple[str, Text, str, str, str, str]:
+    """A row of `perennial dlq list`."""
+    origin = found.letter.original
+    return (
+        found.id,
+        _letter_state(found),
+        found.letter.reason,
+        f"{origin.topic}/{origin.partition} at {origin.offset}",
+        moment(found.letter.last_failed),
+        one_line(found.letter.message),
+    )
+
+
+def dead_letter_whole(found: Letter) -> Iterator[Text]:
+    """`perennial dlq show`."""
+    dead, origin = found.letter, found.letter.original
+    yield Text.assemble("dead letter ", (found.id, "bold"), "  ", _letter_state(found))
+    facts = [
+        ("why", f"{dead.reason}: {dead.message}"),
+        ("from", f"{origin.topic}, partition {origin.partition}, offset {origin.offset}"),
+        ("written", moment(datetime.fromtimestamp(max(origin.timestamp, 0) / 1000, UTC))),
+        (
+            "failed",
+            f"{moment(dead.first_failed)} first, {moment(dead.last_failed)} last; {count(dead.attempts, 'attempt')}",
+        ),
+        ("group", dead.group),
+    ]
+    if done := found.resolution:
+        why = f": {done.why}" if done.why else ""
+        facts.append(("done", f"{done.state.value} by {done.by or 'somebody'} {moment(done.at)}{why}"))
+    facts.append(("key", _readable(origin.key)))
+    facts += [("header", f"{name}: {_readable(value)}") for name, value in origin.headers]
+    for label, value in facts:
+        yield Text.assemble("  ", (label.ljust(_LABEL_WIDTH), "dim"), visible(value))
+    yield _indented("value", _readable(origin.value), "cyan")
+
+
+def _letter_state(found: Letter) -> Text:
+    styles = {"open": "yellow", "redriven": "green", "dropped": "dim"}
+    return Text(found.state.value, styles[found.state.value])
+
+
+def _readable(raw: bytes | None) -> str:
+    """Bytes as text; what is no UTF-8 is written as escapes."""
+    return "(none)" if raw is None else raw.decode(errors="backslashreplace")
 
 
 # The doctor -------------------------------------------------------------------------------------------------------
 
 
-def check(looked: Check) -> tuple[Text, str, str, str]:
-    """A row of `perennial doctor`."""
+def checks(looked_at: Sequence[Check]) -> Iterator[Text]:
+    """`perennial doctor`: a line for each thing looked at, and below it what to do."""
+    width = max((len(looked.what) for looked in looked_at), default=0)
+    margin = " " * (_MARK_WIDTH + width + 4)
+    for looked in looked_at:
+        mark, style = _mark(looked)
+        found = visible(looked.found.strip()).replace("\n", f"\n{margin}")
+        yield Text.assemble((mark.ljust(_MARK_WIDTH), style), "  ", (looked.what.ljust(width), "bold"), "  ", found)
+        if looked.remedy:
+            yield Text.assemble(margin, ("→ ", style), visible(looked.remedy))
+
+
+def _mark(looked: Check) -> tuple[str, str]:
     if looked.ok:
-        mark = Text("ok", "green")
-    elif looked.needed:
-        mark = Text("not ok", "bold red")
-    else:
-        mark = Text("unclear", "yellow")
-    return mark, looked.what, looked.found, looked.remedy
+        return "ok", "green"
+    return ("not ok", "bold red") if looked.needed else ("unclear", "yellow")

@@ -446,7 +446,8 @@ class AgentWorkflow:
     def _announce(self, kind: str, intervention: Intervention) -> None:
         """Record that a person paused, resumed or stopped the agent."""
         verb = kind.split(".")[-2]
-        self._state.note(workflow.now(), f"{verb} by {intervention.by or 'somebody'}: {intervention.reason}")
+        why = f": {intervention.reason}" if intervention.reason else ""
+        self._state.note(workflow.now(), f"{verb} by {intervention.by or 'somebody'}{why}")
         self._say(kind, f"{verb}-{workflow.uuid4()}", intervention.model_dump(mode="json"))
         word = "active" if kind == names.AGENT_RESUMED_TYPE else verb
         workflow.upsert_search_attributes([_STATE_ATTRIBUTE.value_set(word)])

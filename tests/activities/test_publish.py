@@ -17,6 +17,7 @@ from servers import Broker, eventually
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
 
+from activities.kafka import Kafka
 from activities.publish import Publish
 from workers import records
 from workers.records import Decoded, Record
@@ -40,7 +41,7 @@ async def topic(broker: Broker) -> str:
 @pytest.fixture
 async def publisher(broker: Broker) -> AsyncIterator[Publish]:
     """The activity, on the shared broker."""
-    async with aclosing(Publish(broker.bootstrap, idempotence=False)) as activity:
+    async with aclosing(Publish(Kafka(broker.bootstrap, idempotence=broker.idempotent))) as activity:
         yield activity
 
 
@@ -190,7 +191,7 @@ async def test_an_event_that_is_too_large_does_not_take_others_with_it(
 async def test_while_the_broker_is_away_it_is_tried_again(topic: str) -> None:
     """P11: retried by Temporal, saying where Kafka was looked for; when it is back, the same activity publishes."""
     own = Broker()
-    async with aclosing(Publish(own.bootstrap, idempotence=False)) as activity:
+    async with aclosing(Publish(Kafka(own.bootstrap, idempotence=own.idempotent))) as activity:
         with pytest.raises(ApplicationError) as refused:
             await publish(activity, message(topic, 1))
         assert (refused.value.type, refused.value.non_retryable) == (Remedy.RETRY_LATER, False)
