@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo dev test check format history clean
+.PHONY: demo dev test test-kafka check format history clean
 
 demo: $(READY)   ## the main job on an embedded stack, in under a minute
 	@$(BIN)/perennial demo $(if $(DEMO_EVENTS),--events "$(DEMO_EVENTS)") $(ARGS)
@@ -14,6 +14,9 @@ dev: $(READY)    ## the embedded stack, until Ctrl-C; state is kept in .perennia
 
 test: $(READY)   ## all tests, on real servers
 	$(BIN)/pytest $(ARGS)
+
+test-kafka: $(READY) ## what concerns the broker, on Apache Kafka: needs Java 17 and Maven
+	$(BIN)/pytest --broker kafka $(ARGS)
 
 check: $(READY)  ## format, lint, types, import direction
 	$(BIN)/ruff format --check .

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from aiokafka.abc import AbstractTokenProvider
-from aiokafka.conn import create_conn
+from aiokafka.conn import AIOKafkaConnection, OAuthAuthenticator, create_conn
 from aiokafka.errors import (
     AuthenticationFailedError,
     AuthenticationMethodNotSupported,
@@ -242,3 +242,25 @@ async def _listens(host: str, port: int) -> bool:
     except (OSError, TimeoutError):
         return False
     return True
+
+
+class _TokenAuthenticator(OAuthAuthenticator):  # type: ignore[misc]  # aiokafka has no type hints
+    """Asks for the reason when a token is refused (RFC 7628, 3.2.3).
+
+    aiokafka 0.14 takes the refusal for an acceptance: its clients then send their first request into a login that is
+    still going on, and wait for the answer, without an error and without an end.
+    """
+
+    @override
+    async def step(self, payload: bytes | None) -> tuple[bytes, bool] | None:
+        if self._token_sent and payload:
+            return b"\x01", True
+        step: tuple[bytes, bool] | None = await super().step(payload)
+        return step
+
+
+def _authenticator_oauth(connection: AIOKafkaConnection) -> _TokenAuthenticator:
+    return _TokenAuthenticator(sasl_oauth_token_provider=connection._sasl_oauth_token_provider)  # noqa: SLF001
+
+
+AIOKafkaConnection.authenticator_oauth = _authenticator_oauth

@@ -18,13 +18,14 @@ import contextlib
 import functools
 import ipaddress
 import json
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -34,6 +35,7 @@ from uuid import uuid4
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.protocol.admin import AlterPartitionReassignmentsRequest
 from aiokafka.protocol.api import Request, RequestStruct, Response
+from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.types import Array, Int8, Int16, Int32, Schema, String
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -76,7 +78,7 @@ class ApacheKafka:
         self.certificates = Certificates(self._folder)
         listeners = ("PLAINTEXT", "CONTROLLER", *(("SSL", "SASL_SSL", "SASL_PLAINTEXT") if guarded else ()))
         numbers = range(1, nodes + 1)
-        free = _free_ports(nodes * len(listeners))
+        free = iter(_free_ports(nodes * len(listeners)))
         self._ports = {number: dict(zip(listeners, free, strict=False)) for number in numbers}
         if guarded:
             self.certificates.make()
@@ -167,17 +169,16 @@ class ApacheKafka:
     # Topics --------------------------------------------------------------------------------------------------------
 
     async def create_topics(self, *topics: str, partitions: int = 4) -> None:
-        """Create those that are not there, and wait until every node knows them."""
+        """Create those that are not there, and wait until every node that runs knows them."""
         async with self.admin() as admin:
             await admin.create_topics([NewTopic(topic, partitions, len(self._nodes)) for topic in topics])
 
             async def known() -> bool:
-                described = await admin.describe_topics(list(topics))
-                return all(
-                    len(topic["partitions"]) == partitions
-                    and all(partition["leader"] > 0 for partition in topic["partitions"])
-                    for topic in described
-                )
+                for node in self._running():
+                    described = [await self._described(admin, node, topic) for topic in topics]
+                    if any(len(found) < partitions or min(led[0] for led in found.values()) < 1 for found in described):
+                        return False
+                return True
 
             await eventually(known)
 
@@ -217,11 +218,20 @@ class ApacheKafka:
     async def _replicas(self, topic: str) -> dict[int, list[int]]:
         """The nodes that have a partition, its leader first."""
         async with self.admin() as admin:
-            (described,) = await admin.describe_topics([topic])
+            return await self._described(admin, self._running()[0], topic)
+
+    @staticmethod
+    async def _described(admin: AIOKafkaAdminClient, node: int, topic: str) -> dict[int, list[int]]:
+        """As one node has it: the nodes that have a partition, its leader first."""
+        answer = await admin._send_request_to_node(node, MetadataRequest([topic]))
         return {
             one["partition"]: [one["leader"], *(node for node in one["replicas"] if node != one["leader"])]
+            for described in answer.to_object()["topics"]
             for one in described["partitions"]
         }
+
+    def _running(self) -> list[int]:
+        return [number for number, node in self._nodes.items() if node.runs]
 
     @staticmethod
     async def _own_topics(admin: AIOKafkaAdminClient) -> list[str]:
@@ -333,8 +343,12 @@ class _Node:
             assert time.monotonic() < deadline, f"Kafka does not start: {said[-3000:]}"
             time.sleep(0.05)
 
+    @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def kill(self) -> None:
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and self.runs:
             self._process.kill()
             self._process.wait()
 
@@ -374,13 +388,20 @@ def _class_path() -> str:
     raise AssertionError(f"Maven can't fetch Apache Kafka:\n{done.stdout}{done.stderr}")
 
 
-def _free_ports(count: int) -> Iterator[int]:
-    """So many different TCP ports that are free on 127.0.0.1 now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind((_HOST, 0))
-        return iter([one.getsockname()[1] for one in sockets])
+def _free_ports(count: int) -> list[int]:
+    """So many TCP ports that are free on 127.0.0.1 now, and are taken by nobody while a node is down.
+
+    Not those that the system gives to clients: one that tries to connect to a node that is down may be given just its
+    port, and so be connected to itself.
+    """
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind((_HOST, port))
+            if port not in found:
+                found.append(port)
+    return found
 
 
 # What aiokafka has no request for --------------------------------------------------------------------------------

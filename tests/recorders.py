@@ -28,6 +28,7 @@ from temporalio.service import RPCError
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 from typing_extensions import override
 
+from activities.kafka import Kafka
 from workers.deadletter import DeadLetter
 from workers.flow import Limits
 from workers.ingest import Ingest
@@ -123,7 +124,7 @@ class Rig:
     async def recording(self) -> AsyncIterator[None]:
         """While the recorders' worker runs."""
         self.client = await self.connect()
-        self.producer = AIOKafkaProducer(bootstrap_servers=self.broker.bootstrap)
+        self.producer = AIOKafkaProducer(**Kafka(self.broker.bootstrap, idempotence=self.broker.idempotent).producer())
         await self.broker.create_topics(names.EVENTS_TOPIC, names.DEAD_LETTER_TOPIC, ORDERS)
         await self.producer.start()
         worker = Worker(
@@ -199,7 +200,7 @@ class Rig:
             await consumer.stop()
 
     async def dead_letters(self, count: int) -> list[DeadLetter]:
-        """The dead letters, once there are so many; all there are."""
+        """The dead letters, once there are so many of different records; all there are."""
         consumer = AIOKafkaConsumer(
             names.DEAD_LETTER_TOPIC, bootstrap_servers=self.broker.bootstrap, auto_offset_reset="earliest"
         )
@@ -212,7 +213,10 @@ class Rig:
                     headers = tuple(m.headers)
                     record = Record(m.topic, m.partition, m.offset, m.timestamp, m.key, m.value, headers)
                     letters.append(DeadLetter.parse(record))
-            return len(letters) >= count
+            return (
+                len({(letter.original.topic, letter.original.offset, letter.original.partition) for letter in letters})
+                >= count
+            )
 
         try:
             await eventually(enough)

@@ -153,8 +153,10 @@ class DeadLetters:
         """Leave the broker."""
         producer, self._producer = self._producer, None
         if producer is not None:
-            async with asyncio.timeout(_STOP_SECONDS):
-                await producer.stop()
+            # What was not sent by then is written again, by a new producer. It can end as if we were cancelled.
+            stopping = asyncio.create_task(producer.stop())
+            await asyncio.wait([stopping], timeout=_STOP_SECONDS)
+            stopping.cancel()
 
     async def _connected(self) -> AIOKafkaProducer:
         if self._producer is None:

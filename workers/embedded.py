@@ -192,6 +192,7 @@ class EmbeddedStack:
         self._fresh = fresh
         self._rehearse = rehearse or (settings.models is None and not provider_configured())
         self._lock: int | None = None
+        self._port_locks: list[int] = []
         self._supervisor: Supervisor | None = None
         self._addresses: StackAddresses | None = None
 
@@ -257,6 +258,8 @@ class EmbeddedStack:
         finally:
             (self._state / STACK_FILE).unlink(missing_ok=True)
             os.close(lock)
+            while self._port_locks:
+                os.close(self._port_locks.pop())
 
     def pid(self, component: str) -> int | None:
         """The process id of a component; None while it does not run."""
@@ -370,12 +373,19 @@ class EmbeddedStack:
     # Ports and addresses ---------------------------------------------------------------------------------------
 
     def _choose_ports(self) -> Ports:
-        chosen = free_ports(asdict(self._usual))
+        chosen = free_ports(asdict(self._usual), self._claim)
         for what, port in chosen.items():
             usual = getattr(self._usual, what)
             if usual not in {0, port}:
                 self._report(PortTaken(what.replace("_", " "), usual, port))
         return Ports(**chosen)
+
+    def _claim(self, port: int) -> bool:
+        """Whether a port is ours until we stop: not that of another stack, whose process may just be restarting."""
+        lock = _try_lock(Path(tempfile.gettempdir()) / f"perennial-port-{os.getuid()}-{port}.lock")
+        if lock is not None:
+            self._port_locks.append(lock)
+        return lock is not None
 
     def _at(self, ports: Ports) -> StackAddresses:
         # A ledger of the person's own choice is used; the default one belongs to this state directory.
@@ -455,17 +465,21 @@ class EmbeddedStack:
             ) from error
 
 
-def free_ports(usual: Mapping[str, int]) -> dict[str, int]:
+def free_ports(usual: Mapping[str, int], claim: Callable[[int], bool] = lambda _: True) -> dict[str, int]:
     """A free port on 127.0.0.1 for each name: the usual one, else one ten, twenty, ... above it, else any.
 
     Args:
         usual: the port to try first, by name; 0 for any.
+        claim: asked before a port at or above a usual one is tried, which others are likely to choose too; False
+            leaves it alone.
     """
     with contextlib.ExitStack() as held:  # all of them at once, so that no port is given twice
         chosen: dict[str, int] = {}
         for name, first in usual.items():
             near = range(first, min(first + _TRIES * _PORT_STEP, 65_536), _PORT_STEP) if first else ()
             for port in (*near, *random.sample(_ANY_PORTS, _TRIES), 0):
+                if port in near and not claim(port):
+                    continue
                 probe = socket.socket()
                 # As servers do, so that connections of a stack that has just ended are not in the way.
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

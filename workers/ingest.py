@@ -191,9 +191,10 @@ class Ingest:
                 missing = self._routes.topics - await consumer.topics()
             except KafkaError as error:
                 await consumer.stop()
+                why = await self._denied()
                 if not error.retriable:
                     raise IngestError(f"Kafka at {settings.kafka_bootstrap} refuses us: {error}") from error
-                self._broker.began(await self._denied() or error)
+                self._broker.began(why or error)
                 await wiring.sleep_unless(stop, next(delays))
                 if stop.is_set():
                     return None
@@ -379,11 +380,14 @@ class Ingest:
         self._flow.hold(ours)
         await self._drain(ours, self._settings.drain_seconds)
         await self._commit()
-        for leave in (self._consumer.stop, self._letters.aclose):
-            try:
-                async with asyncio.timeout(_LEAVE_SECONDS):
-                    await leave()
-            except (KafkaError, TimeoutError) as error:  # aiokafka's stop can hang, and the broker may be gone
+        for leave in (self._consumer.stop(), self._letters.aclose()):
+            # Waited for, not awaited: aiokafka's stop can hang, and with the broker away ends as if we were cancelled.
+            leaving = asyncio.ensure_future(leave)
+            await asyncio.wait([leaving], timeout=_LEAVE_SECONDS)
+            if not leaving.done():
+                leaving.cancel()
+                log.warning("Leaving Kafka takes more than %d s, the process ends all the same", _LEAVE_SECONDS)
+            elif not leaving.cancelled() and (error := leaving.exception()):
                 log.warning("Leaving Kafka has failed, the process ends all the same: %r", error)
 
     # Temporal and the dead-letter topic.

@@ -297,20 +297,26 @@ async def connected(
         try:
             async with asyncio.timeout(_KAFKA_SECONDS):
                 await client.start()
-        except UnknownTopicOrPartitionError as error:
-            raise CommandError(
-                f"Kafka at {settings.kafka_bootstrap} lacks a topic: {error}. `perennial doctor` names those needed."
-            ) from error
-        except (KafkaError, TimeoutError) as error:
-            if denial := await kafka.reached_by(settings).denial():
-                raise NotLetInError(
-                    f"Kafka at {settings.kafka_bootstrap} does not let us in: {denial.why}. Check the "
-                    "PERENNIAL_KAFKA_* settings."
-                ) from error
-            raise CommandError(
-                f"Kafka at {settings.kafka_bootstrap} does not answer. Start the "
-                "embedded stack with `perennial dev`, or set PERENNIAL_KAFKA_BOOTSTRAP."
-            ) from error
+        except TimeoutError as error:
+            raise await _away(settings) from error
         yield
+    except UnknownTopicOrPartitionError as error:
+        raise CommandError(
+            f"Kafka at {settings.kafka_bootstrap} lacks a topic: {error}. `perennial doctor` names those needed."
+        ) from error
+    except KafkaError as error:
+        if not error.retriable:
+            raise
+        raise await _away(settings) from error
     finally:
         await leave()
+
+
+async def _away(settings: Settings) -> CommandError:
+    """What to say when Kafka does not answer."""
+    place = f"Kafka at {settings.kafka_bootstrap}"
+    if denial := await kafka.reached_by(settings).denial():
+        return NotLetInError(f"{place} does not let us in: {denial.why}. Check the PERENNIAL_KAFKA_* settings.")
+    return CommandError(
+        f"{place} does not answer. Start the embedded stack with `perennial dev`, or set PERENNIAL_KAFKA_BOOTSTRAP."
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from prometheus_client import REGISTRY
 from pydantic import JsonValue
-from servers import Broker, eventually
+from servers import AnyBroker, eventually
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
 
@@ -31,7 +31,7 @@ PARTITIONS = 4
 
 
 @pytest.fixture
-async def topic(broker: Broker) -> str:
+async def topic(broker: AnyBroker) -> str:
     """A topic of the test's own."""
     name = f"replies-{uuid.uuid4()}"
     await broker.create_topics(name, partitions=PARTITIONS)
@@ -39,7 +39,7 @@ async def topic(broker: Broker) -> str:
 
 
 @pytest.fixture
-async def publisher(broker: Broker) -> AsyncIterator[Publish]:
+async def publisher(broker: AnyBroker) -> AsyncIterator[Publish]:
     """The activity, on the shared broker."""
     async with aclosing(Publish(Kafka(broker.bootstrap, idempotence=broker.idempotent))) as activity:
         yield activity
@@ -92,7 +92,7 @@ def counted(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
-async def test_a_reply_is_a_structured_cloudevent(broker: Broker, publisher: Publish, topic: str) -> None:
+async def test_a_reply_is_a_structured_cloudevent(broker: AnyBroker, publisher: Publish, topic: str) -> None:
     """CloudEvents 1.0, Kafka binding: any consumer, in any language, reads it with a JSON library."""
     await publish(publisher, message(topic, 1))
     (record,) = await read(broker.bootstrap, topic)
@@ -113,7 +113,7 @@ async def test_a_reply_is_a_structured_cloudevent(broker: Broker, publisher: Pub
     }
 
 
-async def test_what_is_published_can_be_taken_as_an_event(broker: Broker, publisher: Publish, topic: str) -> None:
+async def test_what_is_published_can_be_taken_as_an_event(broker: AnyBroker, publisher: Publish, topic: str) -> None:
     """One agent's reply may wake another: ingest understands it."""
     await publish(publisher, message(topic, 1, subject=None))
     (record,) = await read(broker.bootstrap, topic)
@@ -127,7 +127,7 @@ async def test_what_is_published_can_be_taken_as_an_event(broker: Broker, publis
     assert decoded.event.extensions["causationid"] == "e1"
 
 
-async def test_published_again_it_has_the_same_bytes(broker: Broker, publisher: Publish, topic: str) -> None:
+async def test_published_again_it_has_the_same_bytes(broker: AnyBroker, publisher: Publish, topic: str) -> None:
     """P1: consumers drop the repetition by its id."""
     await publish(publisher, message(topic, 1))
     await publish(publisher, message(topic, 1))
@@ -135,7 +135,7 @@ async def test_published_again_it_has_the_same_bytes(broker: Broker, publisher: 
     assert (one.key, one.value, one.partition) == (other.key, other.value, other.partition)
 
 
-async def test_the_events_of_one_agent_stay_in_order(broker: Broker, publisher: Publish, topic: str) -> None:
+async def test_the_events_of_one_agent_stay_in_order(broker: AnyBroker, publisher: Publish, topic: str) -> None:
     """P2: within a request and from one to the next; all of an agent's are in one partition."""
     keys = [f"order-{number}" for number in range(6)]
     for first in (1, 11):
@@ -176,7 +176,7 @@ async def test_an_event_kafka_will_never_take_is_final(publisher: Publish, topic
 
 
 async def test_an_event_that_is_too_large_does_not_take_others_with_it(
-    broker: Broker, publisher: Publish, topic: str
+    broker: AnyBroker, publisher: Publish, topic: str
 ) -> None:
     """P1: the replies beside it are on their topic when the activity reports the refusal."""
     with pytest.raises(ApplicationError):
@@ -188,9 +188,9 @@ async def test_an_event_that_is_too_large_does_not_take_others_with_it(
     assert [json.loads(record.value)["id"].split("/")[-2] for record in found] == ["1", "3", "4"]
 
 
-async def test_while_the_broker_is_away_it_is_tried_again(topic: str) -> None:
+async def test_while_the_broker_is_away_it_is_tried_again(topic: str, new_broker: Callable[[], AnyBroker]) -> None:
     """P11: retried by Temporal, saying where Kafka was looked for; when it is back, the same activity publishes."""
-    own = Broker()
+    own = new_broker()
     async with aclosing(Publish(Kafka(own.bootstrap, idempotence=own.idempotent))) as activity:
         with pytest.raises(ApplicationError) as refused:
             await publish(activity, message(topic, 1))

