@@ -13,7 +13,7 @@ dev: $(READY)    ## the embedded stack, until Ctrl-C; state is kept in .perennia
 	@$(BIN)/perennial dev $(ARGS)
 
 test: $(READY)   ## all tests, on real servers
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 test-kafka: $(READY) ## what concerns the broker, on Apache Kafka: needs Java 17 and Maven
 	$(BIN)/pytest --broker kafka $(ARGS)
