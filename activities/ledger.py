@@ -410,6 +410,16 @@ class Ledger:
             return self._engine
 
 
+def sqlite_file(url: str) -> Path | None:
+    """The file of a ledger on SQLite; None of one on PostgreSQL.
+
+    Raises:
+        ValueError: the URL is neither's.
+    """
+    parts = _driver_url(url)
+    return Path(parts.database) if parts.get_backend_name() == "sqlite" and parts.database else None
+
+
 def _fault(message: str) -> Exception:
     return activity_error(Remedy.RETRY_LATER, message)
 

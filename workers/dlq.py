@@ -184,15 +184,17 @@ async def read(settings: Settings) -> list[Letter]:
     found: list[Record] = []
     async with connected(consumer, settings):
         ends = await consumer.end_offsets(consumer.assignment())
-        waiting = {partition for partition, end in ends.items() if await consumer.position(partition) < end}
+        waiting = set(ends)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _QUIET_SECONDS
         while waiting:
-            for partition, messages in (await consumer.getmany(timeout_ms=_POLL_MS)).items():
+            for messages in (await consumer.getmany(timeout_ms=_POLL_MS)).values():
                 deadline = loop.time() + _QUIET_SECONDS
-                found += [Record.of(message) for message in messages if message.offset < ends[partition]]
+                found += [Record.of(message) for message in messages]
             for partition in list(waiting):
-                if await consumer.position(partition) >= ends[partition]:
+                # What comes along with a fetch counts too: the embedded broker's answer about the end lags behind it.
+                end = consumer.highwater(partition)
+                if end is not None and await consumer.position(partition) >= max(end, ends[partition]):
                     waiting.discard(partition)
             if loop.time() > deadline:
                 raise CommandError(

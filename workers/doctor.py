@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from pydantic import BaseModel
-from sqlalchemy import make_url
 from temporalio.api.enums.v1 import TaskQueueType
 from temporalio.api.operatorservice.v1 import ListSearchAttributesRequest
 from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
@@ -25,7 +24,7 @@ from temporalio.client import Client
 from temporalio.service import RPCError
 
 from activities.endpoints import ModelsConfig, ModelsError
-from activities.ledger import Ledger
+from activities.ledger import Ledger, sqlite_file
 from workers import kafka, operations, topics, wiring
 from workers.exits import CommandError
 from workers.model import model_pools, models_config
@@ -146,8 +145,7 @@ async def _ledger(settings: Settings) -> list[Check]:
 
 def _database_to_be(url: str) -> Path | None:
     """The SQLite file that this URL names and that is not there. To connect would make it."""
-    parts = make_url(url)
-    file = Path(parts.database) if parts.get_backend_name() == "sqlite" and parts.database else None
+    file = sqlite_file(url)
     return file if file and not file.exists() else None
 
 
