@@ -29,8 +29,10 @@ from aiokafka.errors import (
     KafkaError,
     SaslAuthenticationFailed,
     UnsupportedSaslMechanismError,
+    for_code,
 )
 from aiokafka.protocol.metadata import MetadataRequest
+from aiokafka.protocol.transaction import InitProducerIdRequest
 from typing_extensions import override
 
 SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
@@ -113,6 +115,7 @@ class Kafka:
                 connection = await create_conn(host, port, request_timeout_ms=_ASK_SECONDS * 1000, **self._security)
                 try:
                     await connection.send(MetadataRequest([]))
+                    refused = self.idempotence and (await connection.send(InitProducerIdRequest(None, 0))).error_code
                 finally:
                     connection.close()
         except (*_REFUSALS, TokenError, ssl.SSLError) as error:
@@ -120,6 +123,10 @@ class Kafka:
         except (KafkaError, OSError, TimeoutError):
             hint = f"it takes our connection and does not answer; does it speak {self.security_protocol} on this port?"
             return Denial(hint, final=False)
+        no_ids = for_code(refused)
+        if refused and not no_ids.retriable:
+            why = f"it has no idempotent producers ({no_ids.__name__}); PERENNIAL_KAFKA_IDEMPOTENCE=false"
+            return Denial(why, final=False)
         return None
 
     def _why(self, error: KafkaError | ssl.SSLError) -> str:

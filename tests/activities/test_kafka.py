@@ -55,7 +55,7 @@ async def test_a_command_that_gives_no_token_is_told_of(command: str, why: str) 
 
 async def test_a_broker_that_is_away_or_lets_us_in_denies_nothing(broker: AnyBroker) -> None:
     """Nobody is told to correct a setting that is right."""
-    assert await Kafka(broker.bootstrap).denial() is None
+    assert await Kafka(broker.bootstrap, idempotence=broker.idempotent).denial() is None
     assert await Kafka("127.0.0.1:1,127.0.0.1:2").denial() is None
 
 

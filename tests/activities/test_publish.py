@@ -214,5 +214,18 @@ async def test_while_the_broker_is_away_it_is_tried_again(topic: str, new_broker
                     return True
 
                 await eventually(published, seconds=90)
-                (record,) = await read(own.bootstrap, topic)
-                assert json.loads(record.value)["id"] == "agent/store/desk/order-42/1/0"
+                ids = {json.loads(record.value)["id"] for record in await read(own.bootstrap, topic)}
+                assert ids == {"agent/store/desk/order-42/1/0"}
+
+
+@pytest.mark.parametrize("idempotence", [True, False])
+async def test_with_and_without_idempotent_producers(broker: AnyBroker, topic: str, idempotence: bool) -> None:
+    """PERENNIAL_KAFKA_IDEMPOTENCE, both ways: a broker that has none takes no events then, and we say why."""
+    async with aclosing(Publish(Kafka(broker.bootstrap, idempotence=idempotence))) as activity:
+        if idempotence and not broker.idempotent:
+            with pytest.raises(ApplicationError, match="PERENNIAL_KAFKA_IDEMPOTENCE=false") as refused:
+                await publish(activity, message(topic, 1))
+            assert (refused.value.type, refused.value.non_retryable) == (Remedy.RETRY_LATER, False)
+            return
+        await publish(activity, message(topic, 1), message(topic, 2))
+    assert len(await read(broker.bootstrap, topic)) == 2
