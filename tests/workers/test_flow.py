@@ -124,7 +124,7 @@ class Ingesting(RuleBasedStateMachine):
             self.logs[partition].committed = position
 
     @rule(partition=st.sampled_from(PARTITIONS), drain=st.booleans(), commit=st.booleans())
-    def rebalance(self, partition: Partition, drain: bool, commit: bool) -> None:  # noqa: FBT001  # drawn
+    def rebalance(self, partition: Partition, drain: bool, commit: bool) -> None:  # drawn
         """The partition goes away and comes back, read again from its committed offset."""
         self.flow.hold([partition])
         if drain:

@@ -209,7 +209,7 @@ async def test_a_stream_can_call_tools() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_is_cut_breaks_off(stream: bool) -> None:  # noqa: FBT001
+async def test_what_is_cut_breaks_off(stream: bool) -> None:
     """The client sees the beginning of a body, and a broken connection; then, if it was to last so long, an answer."""
     asked = body("[[cut times=1]] [[say one two three four five]]", stream=stream)
     async with serving(Rules()) as url:

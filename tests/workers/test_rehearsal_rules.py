@@ -152,7 +152,7 @@ def test_a_fault_is_named_with_its_place(tmp_path: Path, text: str, fault: str) 
         ("{tools: [other]}", event(), False),
     ],
 )
-def test_a_rule_applies_when_all_its_conditions_hold(when: str, told: Told, holds: bool) -> None:  # noqa: FBT001
+def test_a_rule_applies_when_all_its_conditions_hold(when: str, told: Told, holds: bool) -> None:
     """Globs, comparisons, lists, absence, expressions, and the tools that are offered."""
     assert (find(f"rules: [{{when: {when}, say: ok}}]", told, "look") is not None) == holds
 
