@@ -16,7 +16,7 @@ from workflows.interface import LedgerActivities
 from workflows.messages import Reply, ReplyRequest, TurnOutcome, Usage
 from workflows.state import AgentState, Snapshot
 
-_ENTRIES_READ = 1000  # as many as an agent remembers ids by default (MailboxSpec.remember_ids)
+_ENTRIES_READ = 2000  # as many as an agent remembers ids by default (MailboxSpec.remember_ids)
 
 
 class AgentLedger(LedgerActivities):
@@ -75,14 +75,15 @@ def caught_up(state: AgentState, entries: list[Entry]) -> AgentState:
 def reply_of(entries: list[Entry]) -> Reply:
     """The reply of a turn, from its entries in the order of their steps."""
     last = entries[-1]
-    failed = last.error is not None
+    unfinished = bool(last.answer and last.answer.tool_calls)
+    error = last.error or ("the turn ended before there was an answer" if unfinished else None)
     return Reply(
         id=names.reply_id(last.workflow_id, last.turn, 0),
         workflow_id=last.workflow_id,
         turn=last.turn,
         text=last.answer.text if last.answer else "",
-        outcome=TurnOutcome.FAILED if failed else TurnOutcome.COMPLETED,
-        error=last.error,
+        outcome=TurnOutcome.FAILED if error else TurnOutcome.COMPLETED,
+        error=error,
         answers=[reference for entry in entries for reference in entry.answers],
         usage=sum((entry.usage for entry in entries), Usage()),
         steps=len(entries),

@@ -21,6 +21,7 @@ from activities.entries import Entry, Message, ToolMessage, UserMessage
 from activities.heartbeat import beating
 from activities.ledger import Ledger
 from workflows import names
+from workflows.errors import Remedy, activity_error
 from workflows.events import Event, EventReference
 from workflows.interface import ModelActivities
 from workflows.messages import Decision, ThinkRequest, Usage
@@ -46,6 +47,12 @@ class Model(ModelActivities):
             async with beating():
                 # Another try may have been first, if this one was taken for dead: what it recorded counts.
                 entry = await self._ledger.append(await self._step(request))
+        if entry.parent != request.head or [r.digest for r in entry.answers] != [e.digest for e in request.events]:
+            raise activity_error(
+                Remedy.FINAL,
+                f"Turn {request.turn}, step {request.step} of {request.workflow_id} is recorded with other events: its "
+                "workflow was terminated or reset meanwhile. Send these events again.",
+            )
         return decision(entry)
 
     async def _step(self, request: ThinkRequest) -> Entry:

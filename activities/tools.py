@@ -1,8 +1,9 @@
 """Tools: Python functions an agent may call, named in its spec and run as activities.
 
 A tool is an ordinary function, sync or async. Its signature and docstring tell the model how to call it; what it
-returns is shown to the model. It says that it was asked for the wrong thing by raising ValueError, which the model is
-shown too; any other exception means that it broke, and it is tried again if the spec says it is repeatable.
+returns is shown to the model. It says that it was asked for the wrong thing by raising ValueError itself (no subclass:
+those are raised by parsers and libraries), which the model is shown too; any other exception means that it broke, and
+it is tried again if the spec says it is repeatable.
 
     def look_up_order(order_id: str) -> dict[str, str]:
         \"\"\"Look up an order by its number, such as order-1042.\"\"\"
@@ -29,10 +30,12 @@ import pydantic_core
 from pydantic import ValidationError
 from pydantic_ai.tools import RunContext, Tool
 from temporalio import activity
+from temporalio.exceptions import ApplicationError
 from typing_extensions import override
 
 from activities import metrics
 from activities.heartbeat import beating
+from workflows.errors import NOT_RUN
 from workflows.interface import ToolActivities
 from workflows.messages import ToolCall, ToolOutcome, ToolRequest, ToolResult
 from workflows.spec import ToolDefinition, ToolSpec
@@ -131,9 +134,10 @@ class Tools(ToolActivities):
     async def run_tool(self, request: ToolRequest) -> ToolResult:
         tool = self._find(request.workflow_id, request.call.name)
         if tool is None:
-            raise ToolError(
-                f"{request.call.name} is not known to this worker; its specs are older than the agent's. "
-                "Deploy the new specs to every agent worker."
+            raise ApplicationError(
+                f"{request.call.name} was not run: this worker does not know it, its specs are older than the agent's. "
+                "Deploy the new specs to every agent worker.",
+                type=NOT_RUN,
             )
         started = time.monotonic()
         result: ToolResult | None = None
@@ -156,6 +160,8 @@ class Tools(ToolActivities):
             try:
                 value = await schema.call(arguments, _NO_RUN_CONTEXT)
             except ValueError as error:
+                if type(error) is not ValueError:
+                    raise  # a parser's or a library's, not the tool's own words: it broke, perhaps after its effect
                 return _result(request.call, str(error) or repr(error), ToolOutcome.ERROR)
         return _result(request.call, _as_text(value), ToolOutcome.OK)
 

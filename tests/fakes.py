@@ -69,6 +69,7 @@ class World(ModelActivities, ToolActivities, LedgerActivities, SpecActivities, P
     tool: Callable[[ToolRequest], ToolResult] | None = None
     spec: ControlSpec = field(default_factory=lambda: ControlSpec(digest="spec-1"))
     publish_with: Callable[[PublishRequest], Awaitable[None]] | None = None
+    before_snapshot: Callable[[], Awaitable[None]] | None = None
 
     thoughts: list[ThinkRequest] = field(default_factory=list)
     tool_requests: list[ToolRequest] = field(default_factory=list)
@@ -107,6 +108,8 @@ class World(ModelActivities, ToolActivities, LedgerActivities, SpecActivities, P
     @override
     @activity.defn(name="keep_snapshot")
     async def keep_snapshot(self, snapshot: Snapshot) -> None:
+        if self.before_snapshot is not None:
+            await self.before_snapshot()
         self.snapshots[snapshot.workflow_id] = snapshot.state
 
     @override

@@ -126,28 +126,30 @@ class DeadLetters:
     def __init__(self, kafka: Kafka) -> None:
         self._kafka = kafka
         self._producer: AIOKafkaProducer | None = None
+        self._writing = asyncio.Lock()
 
     async def write(self, letters: Iterable[DeadLetter]) -> None:
-        """Return when all are durable in the topic. To be called by one task at a time.
+        """Return when all are durable in the topic.
 
         Raises:
             KafkaError: at least one is not; write them all again.
         """
-        try:
-            producer = await self._connected()
-            sent = [
-                await producer.send(
-                    names.DEAD_LETTER_TOPIC,
-                    key=letter.original.key,
-                    value=letter.value,
-                    headers=letter.headers,
-                )
-                for letter in letters
-            ]
-            await asyncio.gather(*sent)
-        except KafkaError:
-            await self.aclose()
-            raise
+        async with self._writing:  # one at a time: who fails leaves the broker, and must not take others' producer away
+            try:
+                producer = await self._connected()
+                sent = [
+                    await producer.send(
+                        names.DEAD_LETTER_TOPIC,
+                        key=letter.original.key,
+                        value=letter.value,
+                        headers=letter.headers,
+                    )
+                    for letter in letters
+                ]
+                await asyncio.gather(*sent)
+            except KafkaError:
+                await self.aclose()
+                raise
 
     async def aclose(self) -> None:
         """Leave the broker."""

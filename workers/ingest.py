@@ -55,6 +55,10 @@ _COMMIT_SECONDS = 0.9
 _BACKOFF_SECONDS = 1.0  # longer than a commit may take, so that aiokafka never repeats one by itself, membership lost
 _ANSWER_SECONDS = 3
 
+_LOOK_AFTER_BYTES = 2 * 1024 * 1024
+_LONG_HISTORY_BYTES = 16 * 1024 * 1024
+_AGENTS_REMEMBERED = 10_000
+
 _METADATA_SECONDS = 5  # how soon a topic or partition created later is noticed
 _WATCH_SECONDS = 10
 _LEAVE_SECONDS = 10
@@ -92,8 +96,8 @@ def judge(error: RPCError) -> Verdict:
         return Verdict.REFUSED  # gRPC's own limit on a message's size
     if error.status != RPCStatusCode.INVALID_ARGUMENT:
         return Verdict.RETRY
-    if "signal events" in error.message:
-        return Verdict.RETRY  # 10,000 signals a run: the agent is about to continue as new
+    if "signal events" in error.message or "history" in error.message.lower():
+        return Verdict.RETRY  # of the run, not of the delivery: the agent is about to continue as new
     return Verdict.STOP if "search attribute" in error.message.lower() else Verdict.REFUSED
 
 
@@ -134,6 +138,8 @@ class Ingest:
         self._tasks: dict[Batch[_Lane, _Mail | DeadLetter], asyncio.Task[None]] = {}
         self._resting: set[asyncio.Task[None]] = set()
         self._committed: dict[Partition, int] = {}
+        self._handed: dict[Address, int] = {}
+        """Bytes handed to each agent since its history was looked at."""
         self._watchdog = Watchdog(self._limits.patience_seconds)
         self._polled = 0.0
         self._temporal = _Outage(f"Temporal at {settings.temporal_address}")
@@ -414,6 +420,7 @@ class Ingest:
         mail = [item.content for item in items if isinstance(item.content, _Mail)]
         loop = asyncio.get_running_loop()
         since = datetime.now(UTC)
+        await self._let_it_catch_up(address)
         for tries, delay in enumerate(_delays(), 1):
             started = loop.time()
             try:
@@ -435,9 +442,31 @@ class Ingest:
                 break
         self._temporal.ended()
         self._flow.finish(items)
+        self._handed[address] = self._handed.get(address, 0) + sum(item.size for item in items)
         metrics.delivery(len(mail), loop.time() - started)
         for letter in mail:
             metrics.events_accepted(letter.record.topic)
+
+    async def _let_it_catch_up(self, address: Address) -> None:
+        """Wait while an agent's run is long already: Temporal ends a run, and its mail, whose history has 50 MB.
+
+        An agent can't begin a new run while it waits for a model or a tool. Its partition fills up and waits, too.
+        """
+        if self._handed.get(address, 0) < _LOOK_AFTER_BYTES:
+            return
+        handle = self._client.get_workflow_handle(names.workflow_id(address))
+        for delay in _delays():
+            try:
+                about = await handle.describe(rpc_timeout=_RPC_TIMEOUT)
+            except RPCError:
+                break  # the delivery itself will tell
+            run = about.raw_description.workflow_execution_info
+            if run.history_size_bytes < _LONG_HISTORY_BYTES or about.close_time:
+                break
+            await self._rest(delay)
+        if len(self._handed) > _AGENTS_REMEMBERED:
+            self._handed.clear()
+        self._handed.pop(address, None)
 
     async def _signal(self, address: Address, events: list[Event]) -> None:
         await self._client.start_workflow(

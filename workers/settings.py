@@ -237,7 +237,7 @@ def _described(fault: ErrorDetails) -> list[str]:
     if not fault["loc"]:
         return str(fault["ctx"]["error"]).splitlines()
     name = str(fault["loc"][0])
-    got = "" if name.endswith(("password", "command")) else f" (got {fault['input']!r})"
+    got = "" if name.endswith(("password", "command", "key", "url")) else f" (got {fault['input']!r})"
     return [f"{PREFIX}{name.upper()}: {fault['msg']}{got}"]
 
 

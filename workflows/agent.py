@@ -24,7 +24,7 @@ from temporalio.types import MethodAsyncSingleParam
 
 with workflow.unsafe.imports_passed_through():
     from workflows import interface, names
-    from workflows.errors import failure_message
+    from workflows.errors import NOT_RUN, failure_message
     from workflows.events import Delivery, Event, Outgoing
     from workflows.messages import (
         AskRequest,
@@ -49,7 +49,9 @@ with workflow.unsafe.imports_passed_through():
 _TENANT_ATTRIBUTE = SearchAttributeKey.for_keyword(names.TENANT_ATTRIBUTE)
 _AGENT_ATTRIBUTE = SearchAttributeKey.for_keyword(names.AGENT_ATTRIBUTE)
 _STATE_ATTRIBUTE = SearchAttributeKey.for_keyword(names.STATE_ATTRIBUTE)
-_DEFAULT_HORIZON = 1000  # ids remembered before the spec is known
+_DEFAULT_HORIZON = 2000  # ids remembered before the spec is known
+_CALLS_PER_STEP = 64
+_QUESTION_CHARACTERS = 100_000
 _Request = TypeVar("_Request")
 _Result = TypeVar("_Result")
 
@@ -80,6 +82,8 @@ class AgentWorkflow:
     @workflow.update(name=names.ASK)
     async def ask(self, request: AskRequest) -> Reply:
         """A question from a person; returns the reply. Asked again with the same id, it returns the same reply."""
+        await self._found()
+        self._refuse_if_paused()
         event = Event(
             id=request.id or str(workflow.uuid4()),
             source=request.source,
@@ -93,7 +97,7 @@ class AgentWorkflow:
         self._inbox.append(event)
         try:
             await workflow.wait_condition(
-                lambda: digest in self._replies or self._was_answered(digest) or self._state.stopping is not None
+                lambda: digest in self._replies or self._was_answered(digest) or self._will_not_be_answered(digest)
             )
             if digest in self._replies:
                 return self._replies[digest]
@@ -119,12 +123,20 @@ class AgentWorkflow:
         )
 
     @ask.validator
-    def _may_ask(self, request: AskRequest) -> None:  # noqa: ARG002  # Temporal wants the update's own parameters
-        if self._state.paused is not None:
-            raise ApplicationError(f"The agent is {self._state.activity()[1]}. Resume it first.", type="Paused")
+    def _may_ask(self, request: AskRequest) -> None:
+        if len(request.text) > _QUESTION_CHARACTERS:
+            raise ApplicationError(
+                f"The question has {len(request.text)} characters; at most {_QUESTION_CHARACTERS} are taken.",
+                type="TooLarge",
+            )
+        self._refuse_if_paused()
         if self._asking and workflow.info().is_continue_as_new_suggested():
             # Questions that overlap without an end would keep this run open, and its history growing, for ever.
             raise ApplicationError("The agent is about to go on in a new run; ask again.", type=names.MOVING)
+
+    def _refuse_if_paused(self) -> None:
+        if self._state.paused is not None:
+            raise ApplicationError(f"The agent is {self._state.activity()[1]}. Resume it first.", type="Paused")
 
     # Steering --------------------------------------------------------------------------------------------------------
 
@@ -174,7 +186,12 @@ class AgentWorkflow:
             if is_cancelled_exception(error):  # from outside: whoever wakes the agent next finds all its mail
                 if not self._awake:
                     await self._wake()
+                if not self._state.fits:  # more mail waits than can be kept in one piece: first some is answered
+                    self._state.stopping = Intervention(by="Temporal", reason="cancelled")
+                    await self._live()
                 await self._keep_snapshot()
+                while self._inbox:  # it came while the snapshot was written
+                    await self._keep_snapshot()
             raise
 
     async def _live(self) -> None:
@@ -185,7 +202,7 @@ class AgentWorkflow:
             self._show()
             if self._state.outbox:
                 await self._publish()
-            elif self._state.stopping and self._state.current is None:
+            elif self._may_close():
                 if await self._close():
                     return
             elif self._may_work():
@@ -200,7 +217,8 @@ class AgentWorkflow:
         kept = await self._quickly(interface.LedgerActivities.wake, self._id, "what the agent remembers")
         self._state = kept or self._state
         self._awake = True
-        if workflow.info().typed_search_attributes.get(_AGENT_ATTRIBUTE) is None:  # started by hand, without them
+        by_hand = workflow.info().typed_search_attributes.get(_AGENT_ATTRIBUTE) is None  # started without them
+        if by_hand or self._state.paused:
             workflow.upsert_search_attributes(
                 [
                     _TENANT_ATTRIBUTE.value_set(self._address.tenant),
@@ -221,11 +239,14 @@ class AgentWorkflow:
         return True
 
     def _may_work(self) -> bool:
-        held = self._state.paused or self._state.stopping
+        held = self._state.paused or (self._state.stopping and self._state.fits)
         return self._state.current is not None or bool(self._state.mailbox.waiting and not held)
 
+    def _may_close(self) -> bool:
+        return self._state.stopping is not None and self._state.current is None and self._state.fits
+
     def _has_something_to_do(self) -> bool:
-        return bool(self._inbox or self._state.outbox or self._state.stopping or self._may_work())
+        return bool(self._inbox or self._state.outbox or self._may_close() or self._may_work())
 
     async def _close(self) -> bool:
         """Keep a snapshot; False if mail came in the meantime, which a closing agent would lose."""
@@ -251,6 +272,8 @@ class AgentWorkflow:
         """Go on in a new run, before the history grows long. Mail that has arrived goes along."""
         if workflow.info().is_continue_as_new_suggested() and workflow.all_handlers_finished():
             self._sort_mail()
+            if not self._state.fits:
+                return  # once there is less mail; until then ingest holds back what would make this run too long
             workflow.continue_as_new(AgentInput(state=self._state))
 
     # Turns -----------------------------------------------------------------------------------------------------------
@@ -309,8 +332,12 @@ class AgentWorkflow:
             if decision.error or last or not decision.tool_calls:
                 return decision
             step = turn.step - 1
-            calls = (self._run_tool(spec, turn, step, n, call) for n, call in enumerate(decision.tool_calls))
-            self._state.record_tools(turn, list(await asyncio.gather(*calls)))
+            wanted, surplus = decision.tool_calls[:_CALLS_PER_STEP], decision.tool_calls[_CALLS_PER_STEP:]
+            calls = (self._run_tool(spec, turn, step, n, call) for n, call in enumerate(wanted))
+            results = list(await asyncio.gather(*calls))
+            too_many = f"Not run: a step may call {_CALLS_PER_STEP} tools. Call it again in the next one."
+            results += [_result(call, ToolOutcome.ERROR, too_many) for call in surplus]
+            self._state.record_tools(turn, results)
             self._continue_as_new_if_due()
 
     async def _run_tool(
@@ -338,6 +365,8 @@ class AgentWorkflow:
         except ActivityError as error:
             if is_cancelled_exception(error):
                 raise
+            if isinstance(error.cause, ApplicationError) and error.cause.type == NOT_RUN:
+                return _result(call, ToolOutcome.ERROR, error.cause.message)
             timed_out = isinstance(error.cause, ActivityTimeoutError)
             if not tool.repeatable or timed_out:
                 reason = "It took too long or its worker died" if timed_out else f"It broke: {failure_message(error)}"
@@ -380,12 +409,16 @@ class AgentWorkflow:
         )
         self._state.outbox.append(self._reply_event(reply))
         kind = names.TURN_FAILED_TYPE if failed else names.TURN_COMPLETED_TYPE
-        self._say(kind, f"{turn.number}", summary.model_dump(mode="json"))
+        self._say(kind, "turn", summary.model_dump(mode="json"))
 
     def _was_answered(self, digest: str) -> bool:
         """Whether a turn that has ended took this event."""
         turn = self._state.mailbox.turn_of(digest)
         return bool(turn) and (self._state.current is None or turn != self._state.current.number)
+
+    def _will_not_be_answered(self, digest: str) -> bool:
+        """Whether the agent closes before it takes this event; the turn in progress is finished first."""
+        return self._state.stopping is not None and not self._state.mailbox.turn_of(digest)
 
     async def _newest_spec(self) -> ControlSpec:
         known = self._state.spec
@@ -453,7 +486,7 @@ class AgentWorkflow:
         workflow.upsert_search_attributes([_STATE_ATTRIBUTE.value_set(word)])
 
     async def _publish(self) -> None:
-        messages = list(self._state.outbox)
+        messages = self._state.next_out()
         try:
             await workflow.execute_activity_method(
                 interface.PublishActivities.publish,

@@ -15,6 +15,9 @@ from enum import StrEnum
 
 from temporalio.exceptions import ActivityError, ApplicationError
 
+NOT_RUN = "NotRun"
+"""Type of the error of a tool call that certainly had no effect: it did not begin."""
+
 _TOO_MANY_REQUESTS = 429
 _SERVER_ERRORS = 500
 _TRANSIENT_CLIENT_ERRORS = frozenset({408, 409, 425})

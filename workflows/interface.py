@@ -48,7 +48,7 @@ HEARTBEAT = timedelta(seconds=10)
 """An activity that has not been heard of for so long is taken for dead, and made again elsewhere."""
 
 THINK = CallOptions(
-    start_to_close_timeout=timedelta(minutes=10),
+    start_to_close_timeout=timedelta(hours=6),  # a pool's own timeout ends a call; heartbeats notice a dead worker
     schedule_to_close_timeout=timedelta(days=1),  # then the turn fails, and its owner is told
     heartbeat_timeout=HEARTBEAT,
     retry_policy=RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(minutes=2)),

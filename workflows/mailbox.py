@@ -14,6 +14,14 @@ from pydantic import BaseModel, Field
 from workflows import names
 from workflows.events import Event
 
+_TURN_BYTES = 512 * 1024
+_SEEN_BYTES = 41  # a digest and its turn, as JSON
+
+
+def size(event: Event) -> int:
+    """An event's bytes, as it travels in Temporal."""
+    return len(event.model_dump_json().encode())
+
 
 class Mailbox(BaseModel):
     """Events of one agent that wait, and the digests of those it has accepted."""
@@ -21,6 +29,8 @@ class Mailbox(BaseModel):
     waiting: list[Event] = Field(default_factory=list)
     seen: dict[str, int] = Field(default_factory=dict)
     """Digest of each accepted event, oldest first, to the turn that took it; 0 while it waits."""
+    waiting_bytes: int = 0
+    """Of the events that wait, as they travel in Temporal."""
     accepted: int = 0
     duplicates: int = 0
 
@@ -38,15 +48,22 @@ class Mailbox(BaseModel):
                 continue
             self.seen[event.digest] = 0
             self.waiting.append(event)
+            self.waiting_bytes += size(event)
             self.accepted += 1
         self.duplicates += len(duplicates)
         self._forget(horizon)
         return duplicates
 
     def take(self, turn: int, limit: int) -> list[Event]:
-        """Take the next events for a turn: at most `limit`, and a question alone, since a person waits for it."""
-        count = 0
+        """Take the next events for a turn: a question alone, since a person waits for it.
+
+        Of others at most `limit`, and no more bytes than travel well: Temporal refuses what has 2 MB.
+        """
+        count = taken_bytes = 0
         for event in self.waiting[:limit]:
+            taken_bytes += size(event)
+            if count and taken_bytes > _TURN_BYTES:
+                break
             is_question = event.type == names.ASK_TYPE
             if not (is_question and count):
                 count += 1
@@ -55,7 +72,13 @@ class Mailbox(BaseModel):
         taken, self.waiting = self.waiting[:count], self.waiting[count:]
         for event in taken:
             self.seen[event.digest] = turn
+            self.waiting_bytes -= size(event)
         return taken
+
+    @property
+    def carried_bytes(self) -> int:
+        """About how much of the agent's state the mailbox takes."""
+        return self.waiting_bytes + _SEEN_BYTES * len(self.seen)
 
     def turn_of(self, digest: str) -> int | None:
         """The turn that took an event, 0 while it waits, None when it was never seen or is forgotten."""

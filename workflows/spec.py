@@ -84,7 +84,7 @@ class MailboxSpec(_Carried):
 
     events_per_turn: int = Field(10, ge=1, le=100)
     """How many waiting events one turn takes, at most."""
-    remember_ids: int = Field(1000, ge=10, le=20_000)
+    remember_ids: int = Field(2000, ge=10, le=20_000)
     """How many event ids the agent remembers to recognise duplicates: the de-duplication horizon."""
 
 
@@ -100,7 +100,8 @@ class _BudgetSection(BudgetSpec, _Strict):
 
 
 class _MailboxSection(MailboxSpec, _Strict):
-    pass
+    remember_ids: int = Field(2000, ge=1000, le=20_000)
+    """More than ingest delivers again after a crash (`workers.flow.Limits.window_records`), from two partitions."""
 
 
 class _ContextSection(ContextSpec, _Strict):

@@ -24,6 +24,9 @@ from workflows.messages import (
 )
 from workflows.spec import ControlSpec
 
+_CARRIED_BYTES = 1_500_000
+_PUBLISH_BYTES = 512 * 1024
+_RESULTS_BYTES = 512 * 1024
 _RECENT = 10
 _RECENT_CHARACTERS = 160
 
@@ -87,7 +90,7 @@ class AgentState(BaseModel):
 
     def record_tools(self, turn: CurrentTurn, results: list[ToolResult]) -> None:
         """Note the results of a step's tool calls, for the model to see in the next step."""
-        turn.results = results
+        turn.results = shortened(results)
         turn.tool_calls += len(results)
         self.tool_calls += len(results)
 
@@ -97,6 +100,20 @@ class AgentState(BaseModel):
         self.replies += 1
         self.failed_turns += reply.outcome is TurnOutcome.FAILED
         self.note(now, f"→ {reply.text or reply.error}")
+
+    @property
+    def fits(self) -> bool:
+        """Whether the state can be carried in one piece: Temporal refuses what has 2 MB."""
+        return self.mailbox.carried_bytes <= _CARRIED_BYTES
+
+    def next_out(self) -> list[Outgoing]:
+        """As many of the events decided on as can be published at once; at least one, if there is any."""
+        total = 0
+        for count, message in enumerate(self.outbox):
+            total += len(message.model_dump_json().encode())
+            if count and total > _PUBLISH_BYTES:
+                return self.outbox[:count]
+        return list(self.outbox)
 
     def note(self, now: datetime, text: str) -> None:
         """Remember a line of the agent's recent life, shortened."""
@@ -152,6 +169,25 @@ class Snapshot(BaseModel):
     workflow_id: str
     run_id: str
     state: AgentState
+
+
+def shortened(results: list[ToolResult], limit: int = _RESULTS_BYTES) -> list[ToolResult]:
+    """The results of a step's tool calls, each cut to its share if all together have more than `limit` bytes."""
+    if sum(len(result.content.encode()) for result in results) <= limit:
+        return results
+    share = limit // len(results)
+    return [_cut(result, share) for result in results]
+
+
+def _cut(result: ToolResult, share: int) -> ToolResult:
+    raw = result.content.encode()
+    if len(raw) <= share:
+        return result
+    text = raw[:share].decode(errors="ignore")
+    left_out = len(result.content) - len(text)
+    return result.model_copy(
+        update={"content": f"{text}\n[shortened, since many tools were called at once: {left_out} more characters]"}
+    )
 
 
 def _by(intervention: Intervention) -> str:

@@ -129,6 +129,15 @@ async def test_an_agent_terminated_after_it_woke_knows_its_snapshot_and_what_cam
     assert state.mailbox.seen == {**seen, event(3).digest: 3, event(4).digest: 4}
 
 
+def test_a_turn_that_ended_before_there_was_an_answer_has_failed() -> None:
+    """A reply that is found later says the same as the one that was published."""
+    asked = step(1, 1, 1)
+    calls = AssistantMessage(tool_calls=[ToolCall(id="c", name="look")])
+    reply = reply_of([asked.model_copy(update={"messages": [calls]})])
+    assert (reply.outcome, reply.text) == (TurnOutcome.FAILED, "")
+    assert reply.error == "the turn ended before there was an answer"
+
+
 async def test_a_turn_in_progress_is_gone_on_with(ledger: Ledger) -> None:
     """P6: steps of it that the snapshot does not know are found again by their key, not taken for another turn."""
     first = await ledger.append(step(1, 1, 1))
@@ -141,12 +150,12 @@ async def test_a_turn_in_progress_is_gone_on_with(ledger: Ledger) -> None:
 
 async def test_an_agent_that_was_terminated_after_a_long_life_wakes_with_its_newest_ids(ledger: Ledger) -> None:
     """Waking reads as many entries as an agent remembers ids, the newest; turn and head are always the newest."""
-    entries = [step(turn, 1, turn) for turn in range(1, 1011)]
+    entries = [step(turn, 1, turn) for turn in range(1, 2011)]
     await asyncio.gather(*(ledger.append(entry) for entry in entries))
     state = await wake(ledger)
     assert state is not None
-    assert (state.turn, state.head) == (1010, entries[-1].id)
-    assert len(state.mailbox.seen) == 1000
+    assert (state.turn, state.head) == (2010, entries[-1].id)
+    assert len(state.mailbox.seen) == 2000
     assert event(10).digest not in state.mailbox.seen
     assert state.mailbox.seen[event(11).digest] == 11
 

@@ -116,6 +116,16 @@ async def test_a_recorded_step_is_not_paid_for_again(tmp_path: Path) -> None:
         assert len(agent.server.requests) == 1
 
 
+async def test_a_step_recorded_with_other_events_is_not_passed_off_as_theirs(tmp_path: Path) -> None:
+    """A workflow that was terminated or reset may come to a recorded step with other events: that is said."""
+    async with world(tmp_path, said("about e1")) as agent:
+        await agent.think(SHIPPED)
+        with pytest.raises(ApplicationError, match="recorded with other events") as refused:
+            await agent.think(SHIPPED.model_copy(update={"id": "e2"}))
+    assert refused.value.non_retryable
+    assert len(agent.server.requests) == 1
+
+
 async def test_of_two_tries_at_once_both_decide_what_was_recorded(tmp_path: Path) -> None:
     """A worker taken for dead may still answer: the first entry counts, for both."""
     async with world(tmp_path, said("one"), said("other")) as agent:

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from pydantic_ai.tools import Tool
+from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
 
 from activities.tools import ToolCallContext, ToolError, Tools, call_context, current_call, define, load_tool
+from workflows.errors import NOT_RUN
 from workflows.messages import ToolCall, ToolOutcome, ToolRequest, ToolResult
 from workflows.spec import ToolSpec
 
@@ -211,9 +213,20 @@ async def test_a_long_result_is_shortened_and_says_so() -> None:
 
 
 async def test_a_tool_this_worker_does_not_know_is_an_error_for_the_operator() -> None:
-    """Its specs are older than the agent's: it is raised, and so tried again, by another worker perhaps."""
-    with pytest.raises(ToolError, match=r"look is not known to this worker.*Deploy the new specs"):
+    """Its specs are older than the agent's: tried again, by another worker perhaps; it certainly had no effect."""
+    with pytest.raises(ApplicationError, match=r"look was not run.*Deploy the new specs") as failed:
         await call(add, name="look")
+    assert (failed.value.type, failed.value.non_retryable) == (NOT_RUN, False)
+
+
+async def test_a_parsers_complaint_is_not_the_tools_own_word() -> None:
+    """P9: what a library raises may come after the effect: it broke, and is not taken for a refusal."""
+
+    def pay() -> str:
+        return str(json.loads("<html>"))  # the gateway's answer, once it has paid
+
+    with pytest.raises(json.JSONDecodeError):
+        await call(pay)
 
 
 # Loading -------------------------------------------------------------------------------------------------------------

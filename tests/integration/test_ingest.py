@@ -19,8 +19,10 @@ from servers import AnyBroker, TemporalServer, eventually
 from temporalio.client import Client
 from temporalio.contrib.pydantic import pydantic_data_converter
 
+from workers import ingest as ingest_module
 from workers.ingest import Ingest, IngestError
 from workflows import names
+from workflows.names import Address
 
 
 @pytest.fixture
@@ -292,3 +294,26 @@ async def test_a_namespace_that_does_not_exist_ends_the_process(rig: Rig) -> Non
     with pytest.raises(IngestError, match="namespace 'nowhere'"):
         await asyncio.wait_for(ingest.run(asyncio.Event()), timeout=60)
     assert not await rig.committed(ORDERS)
+
+
+async def test_an_agent_whose_run_has_grown_long_is_given_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P1, P4: Temporal ends a run, and its mail, at 50 MB; an agent that can't begin a new one now is handed no more.
+
+    The limits are scaled down: a run counts as long from 200 KB, and is looked at after every 50 KB.
+    """
+    monkeypatch.setattr(ingest_module, "_LONG_HISTORY_BYTES", 200_000)
+    monkeypatch.setattr(ingest_module, "_LOOK_AFTER_BYTES", 50_000)
+    for number in range(40):
+        await rig.order("busy", number, data="x" * 20_000)
+        await rig.order("quiet", number, partition=1)
+    limits = replace(QUICK, delivery_bytes=30_000)
+    async with rig.ingesting(limits):
+        await rig.arrive("quiet", 40)
+        at_first = await rig.arrive("busy", 9)
+        assert len(at_first) < 20
+        busy = names.workflow_id(Address(rig.spec.tenant, rig.spec.name, "busy"))
+        first_run = rig.client.get_workflow_handle(busy)
+        await first_run.terminate()  # what continue-as-new does for an agent: the next run is short
+        await rig.arrive("busy", 5)
+        letters: list[str] = []
+        assert letters == [letter.original.topic for letter in await rig.dead_letters(0)]

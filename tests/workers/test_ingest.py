@@ -20,6 +20,7 @@ from workers.ingest import Verdict, judge
         (RPCStatusCode.ABORTED, "", Verdict.RETRY),
         (RPCStatusCode.FAILED_PRECONDITION, "", Verdict.RETRY),
         (RPCStatusCode.INVALID_ARGUMENT, "exceeded workflow execution limit for signal events", Verdict.RETRY),
+        (RPCStatusCode.INVALID_ARGUMENT, "Workflow history size exceeds limit.", Verdict.RETRY),
         (RPCStatusCode.INVALID_ARGUMENT, "Blob data size exceeds limit.", Verdict.REFUSED),
         (RPCStatusCode.RESOURCE_EXHAUSTED, "grpc: received message larger than max (5 vs. 4)", Verdict.REFUSED),
         (

@@ -17,7 +17,7 @@ def test_name_and_instructions_are_enough() -> None:
     """The first agent of one's own is two lines; the rest has defaults that make sense."""
     spec = AgentSpec.model_validate(MINIMAL)
     assert (spec.tenant, spec.route, spec.tools, spec.subscriptions) == ("default", "default", [], [])
-    assert (spec.budget.steps_per_turn, spec.mailbox.events_per_turn, spec.mailbox.remember_ids) == (10, 10, 1000)
+    assert (spec.budget.steps_per_turn, spec.mailbox.events_per_turn, spec.mailbox.remember_ids) == (10, 10, 2000)
     assert spec.hibernate_after_seconds is None
 
 
