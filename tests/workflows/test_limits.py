@@ -160,7 +160,7 @@ async def test_mail_that_comes_while_a_cancelled_agent_keeps_its_state_is_kept_t
         await eventually(lambda: set(answered(world)) == {"event-1", "event-2", "event-3"})
         await agent.stop()
     by_id = {reply.id: [reference.id for reference in reply.answers] for reply in world.replies}
-    assert sorted(id for ids in by_id.values() for id in ids) == ["event-1", "event-2", "event-3"]
+    assert sorted(one for ids in by_id.values() for one in ids) == ["event-1", "event-2", "event-3"]
 
 
 async def test_a_question_in_the_turn_in_progress_is_answered_before_the_agent_stops(agent: Agent) -> None:
