@@ -127,15 +127,7 @@ class Observer:
                     self._take(message)
 
     def _take(self, message: ConsumerRecord) -> None:
-        record = Record(
-            message.topic,
-            message.partition,
-            message.offset,
-            message.timestamp,
-            message.key,
-            message.value,
-            tuple(message.headers),
-        )
+        record = Record.of(message)
         if record.topic == names.DEAD_LETTER_TOPIC:
             original = DeadLetter.parse(record).original
             self.dead_letters.add((original.topic, original.partition, original.offset))

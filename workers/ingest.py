@@ -20,7 +20,7 @@ from datetime import UTC, datetime, timedelta
 from enum import Enum, auto
 from functools import partial
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError, MessageSizeTooLargeError
 from temporalio.client import Client
 from temporalio.common import WorkflowIDConflictPolicy, WorkflowIDReusePolicy
@@ -244,7 +244,7 @@ class Ingest:
             for partition, messages in fetched.items():
                 metrics.events_received(partition.topic, len(messages))
                 for message in messages:
-                    self._take_in(_record(message))
+                    self._take_in(Record.of(message))
             self._pump()
 
     def _take_in(self, record: Record) -> None:
@@ -583,18 +583,6 @@ class _Outage:
         if self._away:
             log.info("%s takes our requests again", self._server)
         self._away = False
-
-
-def _record(message: ConsumerRecord) -> Record:
-    return Record(
-        topic=message.topic,
-        partition=message.partition,
-        offset=message.offset,
-        timestamp=message.timestamp,
-        key=message.key,
-        value=message.value,
-        headers=tuple(message.headers),
-    )
 
 
 def _kafka(partitions: Collection[Partition]) -> set[TopicPartition]:

@@ -261,15 +261,7 @@ async def watch(
                 key=lambda message: (message.timestamp, watched.index(message.topic)),
             )
             for message in messages:
-                record = Record(
-                    message.topic,
-                    message.partition,
-                    message.offset,
-                    message.timestamp,
-                    message.key,
-                    message.value,
-                    tuple(message.headers),
-                )
+                record = Record.of(message)
                 decoded = records.decode(record, max_bytes=_LARGEST)
                 if isinstance(decoded, Rejected):
                     on_reject(f"{record.topic}/{record.partition} at offset {record.offset}: {decoded.message}")

@@ -8,19 +8,16 @@ from datetime import timedelta
 
 import pytest
 from fakes import World, answer, event
-from temporalio.client import Client, WithStartWorkflowOperation, WorkflowHandle, WorkflowUpdateFailedError
-from temporalio.common import WorkflowIDConflictPolicy
+from talking import ask, deliver
+from temporalio.client import Client, WorkflowHandle, WorkflowUpdateFailedError
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import WorkflowEnvironment
 
 from workflows import names
-from workflows.events import Delivery, Event
 from workflows.messages import (
-    AskRequest,
     Decision,
     Intervention,
     PublishRequest,
-    Reply,
     Status,
     ThinkRequest,
     ToolCall,
@@ -30,39 +27,9 @@ from workflows.messages import (
     TurnOutcome,
 )
 from workflows.spec import BudgetSpec, ControlSpec, MailboxSpec, ToolControl
-from workflows.state import AgentInput
 
 Eventually = Callable[..., Awaitable[object]]
 ME = Intervention(by="tester", reason="a test")
-
-
-async def deliver(client: Client, agent_id: str, queue: str, *events: Event) -> WorkflowHandle:
-    """Hand events to an agent as ingest does: one signal-with-start."""
-    return await client.start_workflow(
-        names.WORKFLOW_TYPE,
-        AgentInput(),
-        id=agent_id,
-        task_queue=queue,
-        id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
-        start_signal=names.DELIVER,
-        start_signal_args=[Delivery(events=list(events))],
-    )
-
-
-async def ask(client: Client, agent_id: str, queue: str, text: str, question_id: str = "") -> Reply:
-    """Ask as a person does: update-with-start."""
-    return await client.execute_update_with_start_workflow(
-        names.ASK,
-        AskRequest(text=text, id=question_id),
-        start_workflow_operation=WithStartWorkflowOperation(
-            names.WORKFLOW_TYPE,
-            AgentInput(),
-            id=agent_id,
-            task_queue=queue,
-            id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
-        ),
-        result_type=Reply,
-    )
 
 
 async def status(handle: WorkflowHandle) -> Status:

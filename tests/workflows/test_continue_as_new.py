@@ -10,9 +10,9 @@ import temporalio.client
 import temporalio.worker
 from fakes import World, answer, event
 from servers import TemporalServer, eventually
+from talking import ask, deliver
 from temporalio import activity, workflow
-from temporalio.client import Client, WithStartWorkflowOperation, WorkflowHandle
-from temporalio.common import WorkflowIDConflictPolicy
+from temporalio.client import Client
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.worker import (
     ContinueAsNewInput,
@@ -23,10 +23,8 @@ from temporalio.worker import (
 from typing_extensions import override
 
 from workflows import names
-from workflows.events import Delivery, Event
-from workflows.messages import AskRequest, Decision, Intervention, Reply, Status, ThinkRequest, ToolCall, ToolResult
+from workflows.messages import Decision, Intervention, Reply, Status, ThinkRequest, ToolCall, ToolResult
 from workflows.spec import BudgetSpec, ControlSpec, MailboxSpec, ToolControl
-from workflows.state import AgentInput
 
 SUGGEST_AFTER = 40
 """History events after which this server suggests to continue as new; a turn makes some fifteen."""
@@ -82,35 +80,6 @@ def meddler() -> Meddler:
 async def brief(brief_server: TemporalServer, meddler: Meddler) -> Client:
     """A client of that server."""
     return await Client.connect(brief_server.address, data_converter=pydantic_data_converter, interceptors=[meddler])
-
-
-async def deliver(client: Client, agent_id: str, queue: str, *events: Event) -> WorkflowHandle[object, object]:
-    """Hand events to an agent as ingest does: one signal-with-start."""
-    return await client.start_workflow(
-        names.WORKFLOW_TYPE,
-        AgentInput(),
-        id=agent_id,
-        task_queue=queue,
-        id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
-        start_signal=names.DELIVER,
-        start_signal_args=[Delivery(events=list(events))],
-    )
-
-
-async def ask(client: Client, agent_id: str, queue: str, question_id: str) -> Reply:
-    """Ask as a person does: update-with-start."""
-    return await client.execute_update_with_start_workflow(
-        names.ASK,
-        AskRequest(text="well?", id=question_id),
-        start_workflow_operation=WithStartWorkflowOperation(
-            names.WORKFLOW_TYPE,
-            AgentInput(),
-            id=agent_id,
-            task_queue=queue,
-            id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
-        ),
-        result_type=Reply,
-    )
 
 
 async def stop(client: Client, agent_id: str) -> Status:
@@ -261,10 +230,10 @@ async def test_a_question_that_takes_many_steps_is_answered_and_then_the_run_end
     think, spec = many_steps(8)
     world = World(think_with=think, tool=lambda request: look(request.call.name, request.call.id), spec=spec)
     async with world.workers(brief, queue):
-        first = await ask(brief, agent_id, queue, "q-1")
+        first = await ask(brief, agent_id, queue, "well?", "q-1")
         await eventually(lambda: len(meddler.runs) == 1)
-        again = await ask(brief, agent_id, queue, "q-1")
-        other = await ask(brief, agent_id, queue, "q-2")
+        again = await ask(brief, agent_id, queue, "well?", "q-1")
+        other = await ask(brief, agent_id, queue, "well?", "q-2")
         await stop(brief, agent_id)
     assert (first.text, first.turn) == ("after 8 steps", 1)
     assert again == first
@@ -281,7 +250,7 @@ async def test_a_question_asked_in_the_moment_of_continue_as_new_is_answered(
     asked: list[asyncio.Future[Reply]] = []
 
     def begin() -> None:
-        asked.append(asyncio.ensure_future(ask(brief, agent_id, queue, f"q-{len(meddler.runs)}"), loop=loop))
+        asked.append(asyncio.ensure_future(ask(brief, agent_id, queue, "well?", f"q-{len(meddler.runs)}"), loop=loop))
 
     def act() -> None:
         loop.call_soon_threadsafe(begin)

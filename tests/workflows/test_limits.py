@@ -10,22 +10,21 @@ from fakes import World, answer, event
 from hypothesis import given
 from hypothesis import strategies as st
 from servers import TemporalServer, eventually
+from talking import ask, deliver
 from temporalio.client import (
     Client,
-    WithStartWorkflowOperation,
     WorkflowFailureError,
     WorkflowHandle,
     WorkflowUpdateFailedError,
 )
-from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.contrib.pydantic import pydantic_data_converter
 
 from workflows import names
-from workflows.events import Delivery, Event
+from workflows.events import Event
 from workflows.mailbox import Mailbox, size
-from workflows.messages import AskRequest, Decision, Intervention, Reply, Status, ThinkRequest, ToolCall, ToolResult
+from workflows.messages import Decision, Intervention, Reply, Status, ThinkRequest, ToolCall, ToolResult
 from workflows.spec import ControlSpec, MailboxSpec, ToolControl
-from workflows.state import AgentInput, AgentState, shortened
+from workflows.state import AgentState, shortened
 
 ME = Intervention(by="tester", reason="a test")
 LARGE = "x" * 240_000
@@ -44,29 +43,10 @@ class Agent:
         return self.client.get_workflow_handle(self.id)
 
     async def deliver(self, *events: Event) -> None:
-        await self.client.start_workflow(
-            names.WORKFLOW_TYPE,
-            AgentInput(),
-            id=self.id,
-            task_queue=self.queue,
-            id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
-            start_signal=names.DELIVER,
-            start_signal_args=[Delivery(events=list(events))],
-        )
+        await deliver(self.client, self.id, self.queue, *events)
 
     async def ask(self, text: str) -> Reply:
-        return await self.client.execute_update_with_start_workflow(
-            names.ASK,
-            AskRequest(text=text, id="question"),
-            start_workflow_operation=WithStartWorkflowOperation(
-                names.WORKFLOW_TYPE,
-                AgentInput(),
-                id=self.id,
-                task_queue=self.queue,
-                id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
-            ),
-            result_type=Reply,
-        )
+        return await ask(self.client, self.id, self.queue, text, "question")
 
     async def status(self) -> Status:
         return await self.handle.query(names.STATUS, result_type=Status)
