@@ -39,6 +39,11 @@ class Document:
         return f"{self.path}:{line + 1}: {'.'.join(map(str, field)) or 'the file'}"
 
 
+def files(folder: Path) -> list[Path]:
+    """The YAML files in a folder, in the order of their names."""
+    return sorted((*folder.glob("*.yaml"), *folder.glob("*.yml")))
+
+
 def read(path: Path, form: type[Form]) -> tuple[Form, Document]:
     """Read a YAML file into a model.
 

@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from aiokafka import AIOKafkaProducer
 from aiokafka.abc import AbstractTokenProvider
 from aiokafka.conn import AIOKafkaConnection, OAuthAuthenticator, create_conn
 from aiokafka.errors import (
@@ -37,6 +38,9 @@ from typing_extensions import override
 
 SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
 SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"]
+
+LARGEST = 64 * 1024 * 1024
+"""Bytes of a record that our side lets pass: the broker decides what is too large for it."""
 
 _ASK_SECONDS = 5
 _TOKEN_SECONDS = 20
@@ -90,6 +94,20 @@ class Kafka:
     def producer(self) -> dict[str, object]:
         """The arguments of a producer: what it says is sent is on every replica, once where the broker can."""
         return {**self.client(), "acks": "all", "enable_idempotence": self.idempotence}
+
+    async def connected_producer(self, **options: object) -> AIOKafkaProducer:
+        """A producer that is connected; with further options of aiokafka's.
+
+        Raises:
+            KafkaError: it can't connect; nothing is left open.
+        """
+        producer = AIOKafkaProducer(**self.producer(), **options)
+        try:
+            await producer.start()
+        except BaseException:
+            await producer.stop()
+            raise
+        return producer
 
     async def denial(self) -> Denial | None:
         """Why Kafka does not let us in; None when it does, or when it is away.

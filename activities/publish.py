@@ -83,13 +83,7 @@ class Publish(PublishActivities):
     async def _connected(self) -> AIOKafkaProducer:
         async with self._connecting:
             if self._producer is None:
-                producer = AIOKafkaProducer(**self._kafka.producer())
-                try:
-                    await producer.start()
-                except BaseException:
-                    await producer.stop()
-                    raise
-                self._producer = producer
+                self._producer = await self._kafka.connected_producer()
             return self._producer
 
     async def _disconnect(self) -> None:

@@ -94,6 +94,8 @@ class Specs(SpecActivities):
     def __init__(self, specs: SpecSet, ledger: Ledger) -> None:
         self._specs = specs
         self._ledger = ledger
+        self._controls: dict[AgentName, ControlSpec] = {}
+        """Of the specs that are in the ledger: they don't change while this process runs."""
 
     @override
     @activity.defn(name="load_spec")
@@ -106,9 +108,12 @@ class Specs(SpecActivities):
                 f"There is no spec for agent {request.agent!r} of tenant {request.tenant!r}; known are: {known}. "
                 "Add its YAML file to the specs folder and restart the agent workers.",
             )
-        resolved = agent.resolved()
-        digest = await self._ledger.put_spec(resolved)
-        return None if digest == request.known_digest else resolved.control(digest)
+        name = (request.tenant, request.agent)
+        control = self._controls.get(name)
+        if control is None:
+            resolved = agent.resolved()
+            control = self._controls[name] = resolved.control(await self._ledger.put_spec(resolved))
+        return None if control.digest == request.known_digest else control
 
 
 def load_specs(folder: Path) -> SpecSet:
@@ -122,7 +127,7 @@ def load_specs(folder: Path) -> SpecSet:
     agents: list[Agent] = []
     faults: list[str] = []
     files: dict[AgentName, Path] = {}
-    for path in sorted((*folder.glob("*.yaml"), *folder.glob("*.yml"))):
+    for path in documents.files(folder):
         try:
             agent = load_agent(path)
         except SpecError as error:

@@ -16,11 +16,10 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from pydantic import BaseModel, ConfigDict
 
-from activities.kafka import Kafka
+from activities.kafka import LARGEST, Kafka
 from workers.records import Record
 from workflows import names
 
-_LARGEST = 64 * 1024 * 1024  # the broker decides; a record it once took must not fail on our side
 _STOP_SECONDS = 5
 
 # The first of our headers: what stands before its last occurrence is the original's.
@@ -162,15 +161,8 @@ class DeadLetters:
 
     async def _connected(self) -> AIOKafkaProducer:
         if self._producer is None:
-            producer = AIOKafkaProducer(
-                **self._kafka.producer(),
-                max_request_size=_LARGEST,
+            self._producer = await self._kafka.connected_producer(
+                max_request_size=LARGEST,
                 compression_type="gzip",  # our headers must not push a record over the broker's limit
             )
-            try:
-                await producer.start()
-            except BaseException:
-                await producer.stop()
-                raise
-            self._producer = producer
         return self._producer

@@ -35,14 +35,13 @@ from workers.records import Record, Rejected, Routes
 from workers.settings import Settings
 from workers.supervisor import Died, Ready
 from workers.tally import Answer, Expected, Pair, Tally, answered, count, expect
-from workers.topics import Line, read_lines
+from workers.topics import HEADERS, Line, read_lines
 from workflows import names
 from workflows.messages import Reply
 from workflows.spec import AgentSpec
 
 EVENTS = Path("deploy/demo/events.jsonl")
 
-_HEADERS = [("content-type", b"application/cloudevents+json")]
 _SENDING_SECONDS = 12.0
 """How long sending all events takes: a steady pace, as events come in life."""
 _KILLS = (0.05, 0.6)
@@ -307,7 +306,7 @@ class Demo:
                 key = _key(line.value, topic, self._routes)
                 waiting.append(
                     await producer.send(
-                        topic, value=line.value, key=key, headers=_HEADERS, timestamp_ms=self._sent[index]
+                        topic, value=line.value, key=key, headers=list(HEADERS), timestamp_ms=self._sent[index]
                     )
                 )
             await asyncio.gather(*waiting)

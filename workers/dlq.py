@@ -25,6 +25,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from pydantic import BaseModel
 
+from activities.kafka import LARGEST
 from workers import kafka
 from workers.deadletter import DeadLetter
 from workers.exits import BAD_INPUT, CommandError
@@ -35,7 +36,6 @@ from workflows import names
 
 _POLL_MS = 200
 _QUIET_SECONDS = 15.0
-_LARGEST = 64 * 1024 * 1024  # the broker decides; a record it once took must not fail on our side
 
 _LETTER = "dlq.letter"
 _STATE = "dlq.state"
@@ -259,7 +259,7 @@ class _Writer:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._producer = AIOKafkaProducer(**kafka.reached_by(settings).producer(), max_request_size=_LARGEST)
+        self._producer = AIOKafkaProducer(**kafka.reached_by(settings).producer(), max_request_size=LARGEST)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:

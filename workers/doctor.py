@@ -26,13 +26,13 @@ from temporalio.service import RPCError
 from activities.endpoints import ModelsConfig, ModelsError
 from activities.ledger import Ledger, sqlite_file
 from workers import kafka, operations, topics, wiring
+from workers.embedded import TOPICS
 from workers.exits import CommandError
 from workers.model import model_pools, models_config
 from workers.settings import Settings
 from workflows import names
 from workflows.spec import AgentSpec
 
-_NEEDED_TOPICS = (names.EVENTS_TOPIC, names.REPLIES_TOPIC, names.ACTIVITY_TOPIC, names.DEAD_LETTER_TOPIC)
 _NEEDED_MB = 200
 _SECONDS = 10.0
 _DEV = "Start the embedded stack with `perennial dev`"
@@ -236,7 +236,7 @@ async def _kafka(settings: Settings, specs: list[AgentSpec]) -> list[Check]:
         return [Check(what=what, ok=False, found=found, remedy=remedy.rstrip("."))]
     except CommandError as error:
         return [Check(what=what, ok=False, found=str(error).partition(" Start ")[0], remedy=_DEV)]
-    wanted = {*_NEEDED_TOPICS, *(subscription.topic for spec in specs for subscription in spec.subscriptions)}
+    wanted = {*TOPICS, *(subscription.topic for spec in specs for subscription in spec.subscriptions)}
     missing = sorted(wanted - known)
     checks = [
         Check(what=what, ok=True, found=settings.kafka_bootstrap),

@@ -37,6 +37,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import TopicAlreadyExistsError, for_code
 from typing_extensions import override
 
+from workers.exits import BAD_INPUT
 from workers.settings import (
     KAFKA_SECURITY_VARIABLES,
     PREFIX,
@@ -47,7 +48,6 @@ from workers.settings import (
     provider_configured,
 )
 from workers.supervisor import Component, ComponentError, ComponentReport, NotReady, Supervisor
-from workers.wiring import EXIT_BAD_INPUT
 from workflows import names
 
 HOST = "127.0.0.1"
@@ -332,7 +332,7 @@ class EmbeddedStack:
                     name=REHEARSAL,
                     argv=tuple(self._argv(REHEARSAL)),
                     environment=ours,
-                    refusal=EXIT_BAD_INPUT,
+                    refusal=BAD_INPUT,
                     check=lambda: _check_http(ports.rehearsal, "/v1/models", below=_HTTP_SERVER_ERROR),
                 )
             )
@@ -347,7 +347,7 @@ class EmbeddedStack:
                     needs=(TEMPORAL, BROKER),
                     stage=stage,
                     check=functools.partial(check, port),
-                    refusal=EXIT_BAD_INPUT,
+                    refusal=BAD_INPUT,
                     stop_seconds=self._settings.drain_seconds + _MARGIN_SECONDS,
                 )
             )

@@ -28,7 +28,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from typing_extensions import override
 
 from activities import metrics
-from workers import kafka, records, wiring
+from workers import exits, kafka, records, wiring
 from workers.agent import specs_or_exit
 from workers.deadletter import DeadLetter, DeadLetters
 from workers.flow import Batch, Flow, Item, Limits, Part, Partition
@@ -618,4 +618,4 @@ async def main(settings: Settings, stop: asyncio.Event) -> None:
         await Ingest(client, settings, specs.agents, limits=limits).run(stop)
     except IngestError as error:
         log.critical("%s", error)
-        raise SystemExit(wiring.EXIT_FAILED) from error
+        raise SystemExit(exits.FAILED) from error

@@ -17,7 +17,6 @@ from pathlib import Path
 from urllib.parse import quote
 from uuid import uuid4
 
-import yaml
 from pydantic import BaseModel
 from temporalio.api.enums.v1 import TaskQueueType
 from temporalio.api.errordetails.v1 import NamespaceNotFoundFailure
@@ -36,6 +35,7 @@ from temporalio.common import SearchAttributeKey, WorkflowIDConflictPolicy
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
+from activities import documents
 from workers import wiring
 from workers.exits import BAD_INPUT, CommandError
 from workers.settings import Settings
@@ -88,12 +88,9 @@ def known_specs(folder: Path) -> list[AgentSpec] | None:
     if not folder.is_dir():
         return None
     try:
-        return [
-            AgentSpec.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-            for path in sorted((*folder.glob("*.yaml"), *folder.glob("*.yml")))
-        ]
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        check_specs(folder)
+        return [documents.read(path, AgentSpec)[0] for path in documents.files(folder)]
+    except documents.DocumentError as error:
+        check_specs(folder)  # names the faults of all files, and of the tools
         raise CommandError(f"The specs in {folder} can't be read: {error}", BAD_INPUT) from error
 
 

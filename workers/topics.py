@@ -21,6 +21,7 @@ from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 from pydantic import JsonValue
 from pydantic_core import from_json, to_json
 
+from activities.kafka import LARGEST
 from workers import kafka, records
 from workers.exits import BAD_INPUT, CommandError
 from workers.flow import Limits
@@ -30,13 +31,13 @@ from workflows import names
 from workflows.events import Event
 from workflows.spec import AgentSpec
 
-_HEADERS = (("content-type", b"application/cloudevents+json"),)
+HEADERS = (("content-type", b"application/cloudevents+json"),)
+"""Of a record whose value is a CloudEvent in structured mode."""
 _KAFKA_SECONDS = 10.0
 _FAULTS_SHOWN = 20
 _IDS_REMEMBERED = 10_000
 _POLL_MS = 500
 _GATHER_SECONDS = 0.03
-_LARGEST = 64 * 1024 * 1024  # the broker decides what is too large
 
 
 class NotLetInError(CommandError):
@@ -117,7 +118,7 @@ def prepare(
     faults: list[str] = []
     warnings: list[str] = []
     for line in lines:
-        record = Record(topic, 0, 0, -1, None, line.value, _HEADERS)
+        record = Record(topic, 0, 0, -1, None, line.value, HEADERS)
         decoded = records.decode(record, max_bytes=limit)
         if isinstance(decoded, Decoded):
             key, rejected = _key(decoded.event, topic, routes)
@@ -169,7 +170,7 @@ async def send(
     await _check_topic(settings, topic)
     producer = AIOKafkaProducer(
         **kafka.reached_by(settings).producer(),
-        max_request_size=_LARGEST,
+        max_request_size=LARGEST,
         linger_ms=5,
     )
     done = 0
@@ -182,7 +183,7 @@ async def send(
     async with connected(producer, settings):
         sent: list[asyncio.Future[object]] = []
         for event in events:
-            future = await producer.send(topic, value=event.value, key=event.key, headers=list(_HEADERS))
+            future = await producer.send(topic, value=event.value, key=event.key, headers=list(HEADERS))
             future.add_done_callback(count)
             sent.append(future)
         results = await asyncio.gather(*sent, return_exceptions=True)
@@ -262,7 +263,7 @@ async def watch(
             )
             for message in messages:
                 record = Record.of(message)
-                decoded = records.decode(record, max_bytes=_LARGEST)
+                decoded = records.decode(record, max_bytes=LARGEST)
                 if isinstance(decoded, Rejected):
                     on_reject(f"{record.topic}/{record.partition} at offset {record.offset}: {decoded.message}")
                 elif (identity := (decoded.event.source, decoded.event.id)) not in seen:

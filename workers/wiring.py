@@ -32,14 +32,11 @@ from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
 from typing_extensions import override
 
+from workers import exits
 from workers.settings import Settings
 from workflows import names
 
 log = logging.getLogger("perennial")
-
-EXIT_OK = 0
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
 
 SEARCH_ATTRIBUTES = (names.TENANT_ATTRIBUTE, names.AGENT_ATTRIBUTE, names.STATE_ATTRIBUTE)
 """Keyword search attributes an agent's workflow carries."""
@@ -207,16 +204,16 @@ def run_process(name: str, main: Callable[[Settings, asyncio.Event], Awaitable[N
     )
     for chatty in ("httpx", "httpx2", "aiokafka", "openai"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
-    status = EXIT_OK
+    status = exits.OK
     try:
         asyncio.run(_until_stopped(main, settings))
     except SystemExit as error:
         if isinstance(error.code, str):
             log.critical("%s", error.code)
-        status = error.code if isinstance(error.code, int) else EXIT_BAD_INPUT
+        status = error.code if isinstance(error.code, int) else exits.BAD_INPUT
     except BaseException:
         log.critical("%s has failed", name, exc_info=True)
-        status = EXIT_FAILED
+        status = exits.FAILED
     log.info("stopped, exit status %d", status)
     logging.shutdown()
     sys.stdout.flush()

@@ -61,18 +61,18 @@ class Mailbox(BaseModel):
         """
         count = taken_bytes = 0
         for event in self.waiting[:limit]:
-            taken_bytes += size(event)
-            if count and taken_bytes > _TURN_BYTES:
-                break
             is_question = event.type == names.ASK_TYPE
-            if not (is_question and count):
-                count += 1
+            event_bytes = size(event)
+            if count and (is_question or taken_bytes + event_bytes > _TURN_BYTES):
+                break
+            count += 1
+            taken_bytes += event_bytes
             if is_question:
                 break
         taken, self.waiting = self.waiting[:count], self.waiting[count:]
+        self.waiting_bytes -= taken_bytes
         for event in taken:
             self.seen[event.digest] = turn
-            self.waiting_bytes -= size(event)
         return taken
 
     @property

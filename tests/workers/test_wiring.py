@@ -19,7 +19,7 @@ from fakes import World, event
 from servers import TemporalServer, eventually
 from temporalio.runtime import Runtime
 
-from workers import wiring
+from workers import exits, wiring
 from workers.settings import Settings
 from workflows import names
 from workflows.events import Delivery
@@ -29,7 +29,7 @@ from workflows.state import AgentInput
 PROCESS = """
     import asyncio, sys
     from pathlib import Path
-    from workers import wiring
+    from workers import exits, wiring
     from workers.settings import Settings
 
     async def main(settings, stop):
@@ -72,7 +72,7 @@ async def test_a_process_that_is_asked_to_stop_drains_and_exits_with_0(tmp_path:
         await eventually(ready.exists)
         child.send_signal(number)
         _, log = await asyncio.to_thread(child.communicate, timeout=30)
-        assert child.returncode == wiring.EXIT_OK, log
+        assert child.returncode == exits.OK, log
         assert not ready.exists()
         assert "stopped, exit status 0" in log
 
@@ -80,15 +80,15 @@ async def test_a_process_that_is_asked_to_stop_drains_and_exits_with_0(tmp_path:
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
-        ("return", wiring.EXIT_OK, "stopped, exit status 0"),
-        ("raise RuntimeError('the ledger is gone')", wiring.EXIT_FAILED, "RuntimeError: the ledger is gone"),
+        ("return", exits.OK, "stopped, exit status 0"),
+        ("raise RuntimeError('the ledger is gone')", exits.FAILED, "RuntimeError: the ledger is gone"),
         (
             "raise SystemExit('port 9 is taken; choose another')",
-            wiring.EXIT_BAD_INPUT,
+            exits.BAD_INPUT,
             "port 9 is taken; choose another",
         ),
         ("raise SystemExit(7)", 7, "stopped, exit status 7"),
-        ("asyncio.current_task().cancel(); await asyncio.sleep(1)", wiring.EXIT_FAILED, "tester has failed"),
+        ("asyncio.current_task().cancel(); await asyncio.sleep(1)", exits.FAILED, "tester has failed"),
     ],
 )
 async def test_the_exit_status_says_how_it_ended(tmp_path: Path, body: str, status: int, said: str) -> None:
@@ -107,7 +107,7 @@ async def test_a_taken_metrics_port_is_said_plainly(tmp_path: Path) -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with process(tmp_path, "wiring.start_metrics(settings)", PERENNIAL_METRICS_ADDRESS=address) as (child, _):
             _, log = await asyncio.to_thread(child.communicate, timeout=30)
-            assert child.returncode == wiring.EXIT_BAD_INPUT, log
+            assert child.returncode == exits.BAD_INPUT, log
     assert f"Cannot serve metrics at {address}" in log
     assert "PERENNIAL_METRICS_ADDRESS" in log
     assert "Traceback" not in log
