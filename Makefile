@@ -4,7 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo dev test test-kafka check format history clean
+MINUTES ?= 10
+
+.PHONY: demo dev test test-kafka soak check format history clean
 
 demo: $(READY)   ## the main job on an embedded stack, in under a minute
 	@$(BIN)/perennial demo $(if $(DEMO_EVENTS),--events "$(DEMO_EVENTS)") $(ARGS)
@@ -16,7 +18,10 @@ test: $(READY)   ## all tests, on real servers
 	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
 test-kafka: $(READY) ## what concerns the broker, on Apache Kafka: needs Java 17 and Maven
-	$(BIN)/pytest --broker kafka $(ARGS)
+	$(BIN)/pytest --broker kafka -n 2 --dist loadfile $(ARGS)
+
+soak: $(READY)   ## random faults for MINUTES=10, repeated by SEED, on BROKER=embedded or kafka; then the oracle
+	@$(BIN)/python tests/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(BROKER),--broker $(BROKER))
 
 check: $(READY)  ## format, lint, types, import direction
 	$(BIN)/ruff format --check .

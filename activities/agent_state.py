@@ -1,21 +1,29 @@
 """An agent's control state in the ledger: what it wakes with, and what it leaves when it closes.
 
 state = AgentLedger(ledger)
-activities = [state.wake, state.keep_snapshot, state.find_reply]
+activities = [state.wake, state.keep_snapshot, state.find_reply, state.record_rewind]
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
 from temporalio import activity
+from temporalio.exceptions import ApplicationError
 from typing_extensions import override
 
+from activities import history
 from activities.entries import Entry, ToolMessage
+from activities.heartbeat import beating
 from activities.ledger import Ledger
 from workflows import names
 from workflows.interface import LedgerActivities
-from workflows.messages import Reply, ReplyRequest, TurnOutcome, Usage
+from workflows.messages import Reply, ReplyRequest, RewindRecord, Rewound, TurnOutcome, Usage
 from workflows.state import AgentState, Snapshot
 
+_CALLS_TOLD = 50
+_ARGUMENTS_TOLD = 500
 _ENTRIES_READ = 2000  # as many as an agent remembers ids by default (MailboxSpec.remember_ids)
 
 
@@ -37,9 +45,10 @@ class AgentLedger(LedgerActivities):
         state = snapshot.state if snapshot else AgentState()
         # The turn in progress may have recorded steps that the snapshot knows nothing of: they are found by their key.
         entries = await self._ledger.since(workflow_id, state.turn, limit=_ENTRIES_READ)
-        if not snapshot and not entries:
+        rewinds = await self._ledger.rewinds(workflow_id, after=state.rewound)
+        if not snapshot and not entries and not rewinds:
             return None
-        return caught_up(state, entries)
+        return caught_up(state, entries, rewinds)
 
     @override
     @activity.defn(name="keep_snapshot")
@@ -52,9 +61,59 @@ class AgentLedger(LedgerActivities):
         entries = await self._ledger.of_turn(request.workflow_id, request.turn)
         return reply_of(entries) if entries else None
 
+    @override
+    @activity.defn(name="record_rewind")
+    async def record_rewind(self, record: RewindRecord) -> Rewound:
+        async with beating():
+            return await self._record_rewind(record)
 
-def caught_up(state: AgentState, entries: list[Entry]) -> AgentState:
-    """The state after these entries, the steps of turns that came after it; oldest first."""
+    async def _record_rewind(self, record: RewindRecord) -> Rewound:
+        request, ledger = record.request, self._ledger
+        made = await ledger.rewind_of(record.workflow_id, request.id)
+        if made and (made.number <= record.known or made.turn == record.turn):
+            return made  # else it came too late: the agent has gone on without it, and goes back now
+        if record.fork and record.lived:
+            raise _refused(f"{record.workflow_id} has lived already; only a new agent can be a fork.")
+        if request.over and request.over != record.head:
+            raise _refused(f"{record.workflow_id} has gone on since, to entry {record.head}.", names.GONE_ON)
+        entry = next(iter(await ledger.entries([request.entry])), None)
+        if entry is None:
+            raise _refused(f"There is no entry {request.entry} in the ledger.")
+        left = history.LeftBehind()
+        if record.fork:
+            if names.parse_workflow_id(entry.workflow_id)[:2] != names.parse_workflow_id(record.workflow_id)[:2]:
+                raise _refused(f"Entry {entry.id} is of {entry.workflow_id}: a fork is of the same tenant and agent.")
+        elif not await history.is_of(ledger, record.workflow_id, entry):
+            raise _refused(
+                f"Entry {entry.id} is of {entry.workflow_id}, and on no branch of {record.workflow_id}. "
+                "A fork can begin there."
+            )
+        elif record.head:
+            left = await history.left_behind(
+                ledger, record.head, entry.id, limit=_CALLS_TOLD, characters=_ARGUMENTS_TOLD
+            )
+        rewound = Rewound(
+            id=request.id,
+            workflow_id=record.workflow_id,
+            turn=record.turn,
+            head=entry.id,
+            head_turn=entry.turn,
+            head_step=entry.step,
+            old_head=None if record.fork else record.head,
+            by=request.by,
+            reason=request.reason,
+            **left.model_dump(),
+            recorded_at=datetime.now(UTC).isoformat(),
+        )
+        return await ledger.put_rewind(rewound)
+
+
+def _refused(message: str, kind: str = names.REFUSED) -> ApplicationError:
+    return ApplicationError(message, type=kind, non_retryable=True)
+
+
+def caught_up(state: AgentState, entries: list[Entry], rewinds: Sequence[Rewound] = ()) -> AgentState:
+    """The state after these entries, the steps of turns that came after it, and these rewinds; oldest first."""
     state = state.model_copy(deep=True)
     for entry in entries:
         state.current = None  # a turn that came later has ended it
@@ -67,8 +126,12 @@ def caught_up(state: AgentState, entries: list[Entry]) -> AgentState:
             if not state.mailbox.seen.get(reference.digest):
                 state.mailbox.accepted += reference.digest not in state.mailbox.seen
                 state.mailbox.seen[reference.digest] = entry.turn
-        answered = {reference.digest for reference in entry.answers}
-        state.mailbox.waiting = [event for event in state.mailbox.waiting if event.digest not in answered]
+        state.mailbox.drop({reference.digest for reference in entry.answers})
+    # A rewind counts until the next turn. One that the agent has gone on without, by terminations, is of the past.
+    if rewinds and rewinds[-1].turn >= state.turn:
+        state.current = None
+        state.turn = rewinds[-1].turn
+        state.rewind(rewinds[-1])
     return state
 
 

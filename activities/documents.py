@@ -64,8 +64,13 @@ def read(path: Path, form: type[Form]) -> tuple[Form, Document]:
     try:
         return form.model_validate(content), document
     except ValidationError as error:
-        faults = [f"{document.place(*fault['loc'])}: {fault['msg']}" for fault in error.errors()]
+        faults = [f"{document.place(*_field(fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise DocumentError("\n".join(faults)) from error
+
+
+def _field(place: tuple[int | str, ...]) -> Iterator[int | str]:
+    """The parts that people wrote: where a field may be one of several kinds, pydantic puts the kind's tag in."""
+    return (part for part in place if not (isinstance(part, str) and part.startswith("<")))
 
 
 def _children(node: yaml.Node | None) -> Iterator[tuple[Any, yaml.Node]]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from workflows.events import EventReference
 from workflows.messages import ToolCall, ToolOutcome, Usage
+from workflows.spec import Scope
 
 
 class _Record(BaseModel):
@@ -48,7 +49,31 @@ class ToolMessage(_Record):
     outcome: ToolOutcome = ToolOutcome.OK
 
 
-Message = Annotated[UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+class Fact(_Record):
+    """Something an agent chose to keep, and where it comes from. Entries hold it: no field is ever added."""
+
+    id: str
+    text: str
+    scope: Scope
+    pinned: bool
+    """Whether it is recalled in every turn, whatever that is about."""
+    workflow_id: str
+    """The agent that kept it."""
+    turn: int
+    entry: str | None
+    """The entry in which it was decided to keep it."""
+    kept_at: str
+    """UTC, ISO 8601."""
+
+
+class MemoryMessage(_Record):
+    """What the agent was reminded of when a turn began, as the model was shown it."""
+
+    role: Literal["memory"] = "memory"
+    facts: list[Fact]
+
+
+Message = Annotated[UserMessage | AssistantMessage | ToolMessage | MemoryMessage, Field(discriminator="role")]
 
 
 class Entry(_Record):

@@ -1,4 +1,4 @@
-"""The ledger: the append-only store of entries, specs and snapshots, on SQLite or PostgreSQL.
+"""The ledger: the append-only store of entries, specs, long results and snapshots, on SQLite or PostgreSQL.
 
     async with Ledger("sqlite:///.perennial/ledger.db") as ledger:      # or postgresql://user:password@host/database
         entry = await ledger.append(entry)                              # returns what is recorded for that step
@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from sqlalchemy import (
+    CTE,
     BigInteger,
     Boolean,
     Column,
@@ -48,15 +50,18 @@ from sqlalchemy import (
     insert,
     literal,
     select,
+    tuple_,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 from typing_extensions import override
 
-from activities.entries import AssistantMessage, Entry, Message, ToolMessage, canonical
+from activities.entries import AssistantMessage, Entry, MemoryMessage, Message, ToolMessage, canonical
 from workflows.errors import Remedy, activity_error
-from workflows.spec import ResolvedSpec
+from workflows.events import DIGEST_CHARACTERS
+from workflows.messages import Rewound
+from workflows.spec import ListedTool, ResolvedSpec
 from workflows.state import Snapshot
 
 T = TypeVar("T")
@@ -119,6 +124,10 @@ _specs = Table(
     Column("body", LargeBinary, nullable=False),
 )
 
+_LISTING_KEY = ("tenant", "agent", "version", "server")
+_TOOLS = TypeAdapter(list[ListedTool])
+_DIGEST = re.compile("[0-9a-f]{16,64}")
+
 _number = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up only what it calls INTEGER
 
 _snapshots = Table(
@@ -135,7 +144,37 @@ _snapshots = Table(
     Index("snapshots_newest", "workflow_id", "turn", "number"),
 )
 
-# Model calls as they were begun; with the entries it tells whether one was paid for twice.
+# By which turn an event was taken, for ever: an agent itself remembers the newest only.
+_taken = Table(
+    "taken",
+    _metadata,
+    Column("workflow_id", String, primary_key=True),
+    Column("digest", String(DIGEST_CHARACTERS), primary_key=True),
+    Column("turn", Integer, nullable=False),
+)
+
+# What tools returned that was too long to be shown whole, by the SHA-256 of its UTF-8 encoding.
+_results = Table(
+    "results",
+    _metadata,
+    Column("tenant", String, primary_key=True),  # nobody reads another tenant's
+    Column("digest", String(64), primary_key=True),
+    Column("body", LargeBinary, nullable=False),
+)
+
+# The tools of MCP servers as they were when a version of an agent's YAML file first needed them.
+_listings = Table(
+    "listings",
+    _metadata,
+    Column("tenant", String, primary_key=True),
+    Column("agent", String, primary_key=True),
+    Column("version", String(64), primary_key=True),  # SHA-256 of the file
+    Column("server", String, primary_key=True),
+    Column("body", LargeBinary, nullable=False),
+    Column("listed_at", String, nullable=False),
+)
+
+# Model calls as they were begun.
 _calls = Table(
     "calls",
     _metadata,
@@ -143,9 +182,35 @@ _calls = Table(
     Column("workflow_id", String, nullable=False),
     Column("turn", Integer, nullable=False),
     Column("step", Integer, nullable=False),
-    Column("recorded_before", Boolean, nullable=False),
+    Column("recorded_before", Boolean, nullable=False),  # always false; kept, since older ledgers have it
     Column("begun_at", String, nullable=False),
 )
+
+
+# Which entries agents went on behind, other than by taking turns: rewinds, and forks, which leave no head.
+_rewinds = Table(
+    "rewinds",
+    _metadata,
+    Column("number", _number, primary_key=True, autoincrement=True),
+    Column("workflow_id", String, nullable=False),
+    Column("request", String, nullable=False),
+    Column("turn", Integer, nullable=False),
+    Column("head", String(64), ForeignKey("entries.id"), nullable=False),
+    Column("old_head", String(64), ForeignKey("entries.id")),
+    Column("body", LargeBinary, nullable=False),
+    UniqueConstraint("workflow_id", "request", "turn"),
+    Index("rewinds_of", "workflow_id", "number"),
+    Index("rewinds_to", "head"),
+)
+
+_KEYS = {
+    "entries": (_entries.c.turn, _entries.c.step),
+    "snapshots": (_snapshots.c.number,),
+    "rewinds": (_rewinds.c.number,),
+    "taken": (_taken.c.digest,),
+    "specs": (_specs.c.digest,),
+}
+"""By table: the columns that, of one agent, are its key."""
 
 
 class Totals(BaseModel):
@@ -158,8 +223,6 @@ class Totals(BaseModel):
     """Model calls that were begun."""
     calls_repeated: int
     """Calls begun again for a step that had none recorded: their first try failed, or its worker died."""
-    calls_paid_twice: int
-    """Calls begun for a step whose answer was recorded already; P6 says that there are none."""
 
     @override
     def __str__(self) -> str:
@@ -182,6 +245,8 @@ class Ledger:
         """The URL without the password, for messages."""
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="ledger")
         self._engine: Engine | None = None
+        self._made: set[MetaData] = set()
+        """Tables that are known to be there, beside the ledger's own."""
         self._setup = threading.Lock()
 
     async def __aenter__(self) -> Self:
@@ -212,7 +277,7 @@ class Ledger:
                 turn=entry.turn,
                 step=entry.step,
                 parent=entry.parent,
-                characters=_characters(entry),
+                characters=characters(entry),
                 body=entry.encode(),
             )
             try:
@@ -224,9 +289,18 @@ class Ledger:
                 ) from error
             recorded = _entry_at(connection, entry.workflow_id, entry.turn, entry.step)
             assert recorded is not None, "it was there, or has just been inserted"
+            if recorded.answers and recorded.id == entry.id:
+                connection.execute(self._insert_new(_taken).values(_takings(entry)))
             return recorded
 
         return await self._write(write)
+
+    async def taken(self, workflow_id: str, digests: Collection[str]) -> dict[str, int]:
+        """Those of these events that the agent has taken, however long ago, each with its first turn."""
+        query = select(_taken.c.digest, _taken.c.turn).where(
+            _taken.c.workflow_id == workflow_id, _taken.c.digest.in_(digests)
+        )
+        return await self._read(lambda connection: {row.digest: row.turn for row in connection.execute(query)})
 
     async def context(self, head: str, *, max_characters: int) -> list[Entry]:
         """The conversation that ends with an entry, oldest first: as many of the newest entries as fit.
@@ -274,7 +348,180 @@ class Ledger:
         counted = select(func.count()).select_from(_entries).where(_entries.c.workflow_id == workflow_id)
         return await self._read(lambda connection: connection.execute(counted).scalar_one())
 
-    # Specs, snapshots, calls -----------------------------------------------------------------------------------------
+    # Branches: rewinds, forks, the transcript as a tree ------------------------------------------------------------
+
+    async def entries(self, ids: Sequence[str]) -> list[Entry]:
+        """These entries, in this order; those that are not there are left out."""
+        query = select(*_record).where(_entries.c.id.in_(ids))
+
+        def read(connection: Connection) -> list[Entry]:
+            found = {row.id: _decode(row) for row in connection.execute(query)}
+            return [found[one] for one in ids if one in found]
+
+        return await self._read(read)
+
+    async def head(self, workflow_id: str) -> str | None:
+        """The entry that an agent goes on behind: its newest, or the one it was rewound to since."""
+
+        def read(connection: Connection) -> str | None:
+            newest = connection.execute(
+                select(_entries.c.id, _entries.c.turn)
+                .where(_entries.c.workflow_id == workflow_id)
+                .order_by(_entries.c.turn.desc(), _entries.c.step.desc())
+                .limit(1)
+            ).one_or_none()
+            rewound = _rewinds_of(connection, workflow_id, limit=1)
+            if rewound and (newest is None or rewound[0].turn >= newest.turn):
+                return rewound[0].head
+            return newest.id if newest else None
+
+        return await self._read(read)
+
+    async def put_rewind(self, rewound: Rewound) -> Rewound:
+        """Record a rewind or fork; with its number. One that is recorded for the same request and turn stays."""
+        insertion = self._insert_new(_rewinds).values(
+            workflow_id=rewound.workflow_id,
+            request=rewound.id,
+            turn=rewound.turn,
+            head=rewound.head,
+            old_head=rewound.old_head,
+            body=rewound.model_dump_json(exclude={"number"}).encode(),
+        )
+
+        def write(connection: Connection) -> Rewound:
+            connection.execute(insertion)
+            made = [_rewinds.c.request == rewound.id, _rewinds.c.turn == rewound.turn]
+            return _rewinds_of(connection, rewound.workflow_id, *made)[0]
+
+        return await self._write(write)
+
+    async def rewinds(self, workflow_id: str, *, after: int = 0, limit: int | None = None) -> list[Rewound]:
+        """The rewinds of an agent with a greater number, oldest first; the newest `limit` of them."""
+        return await self._read(
+            lambda connection: _rewinds_of(connection, workflow_id, _rewinds.c.number > after, limit=limit)
+        )
+
+    async def rewind_of(self, workflow_id: str, request: str) -> Rewound | None:
+        """The newest rewind that was made for this request."""
+        found = await self._read(
+            lambda connection: _rewinds_of(connection, workflow_id, _rewinds.c.request == request, limit=1)
+        )
+        return found[0] if found else None
+
+    async def origin(self, workflow_id: str) -> Rewound | None:
+        """Where an agent was forked from; None when it was not."""
+        found = await self._read(
+            lambda connection: _rewinds_of(connection, workflow_id, _rewinds.c.old_head.is_(None), limit=1)
+        )
+        return found[0] if found else None
+
+    async def forks(self, ids: Collection[str]) -> list[Rewound]:
+        """The forks that begin behind these entries."""
+        query = select(_rewinds).where(_rewinds.c.head.in_(ids), _rewinds.c.old_head.is_(None))
+        query = query.order_by(_rewinds.c.number)
+        return await self._read(lambda connection: [_rewound(row) for row in connection.execute(query)])
+
+    async def starting_with(self, workflow_id: str, prefix: str, *, above: str | None, limit: int) -> list[str]:
+        """The ids with this beginning of an agent's entries, and of `above` and what comes before it."""
+        matches = _entries.c.id.between(prefix, prefix + "g")  # ids are hexadecimal
+
+        def read(connection: Connection) -> list[str]:
+            own = select(_entries.c.id).where(_entries.c.workflow_id == workflow_id, matches).limit(limit)
+            found = set(connection.execute(own).scalars())
+            if above:
+                line = _line(above)
+                shared = select(line.c.id).where(line.c.id.between(prefix, prefix + "g")).limit(limit)
+                found |= set(connection.execute(shared).scalars())
+            return sorted(found)
+
+        return await self._read(read)
+
+    async def on_line(self, head: str, ids: Collection[str]) -> set[str]:
+        """Those of these entries that are in the conversation that ends with `head`."""
+        line = _line(head)
+        query = select(line.c.id).where(line.c.id.in_(ids))
+        return await self._read(lambda connection: set(connection.execute(query).scalars()))
+
+    async def line(self, head: str, *, limit: int) -> list[str]:
+        """The ids of an entry and of those before it, newest first, at most `limit`."""
+        line = _line(head, limit)
+        query = select(line.c.id).order_by(line.c.depth)
+        return await self._read(lambda connection: list(connection.execute(query).scalars()))
+
+    async def left_behind(self, old_head: str, head: str) -> tuple[str | None, list[str]]:
+        """The newest entry that both conversations have, and the ids of what only that of `old_head` has, in order."""
+        old, new = _line(old_head, name="old"), _line(head, name="new")
+        query = select(old.c.id, old.c.parent).where(old.c.id.not_in(select(new.c.id))).order_by(old.c.depth.desc())
+
+        def read(connection: Connection) -> tuple[str | None, list[str]]:
+            rows = connection.execute(query).all()
+            return (rows[0].parent, [row.id for row in rows]) if rows else (old_head, [])
+
+        return await self._read(read)
+
+    # As it is stored: for `activities.verify` --------------------------------------------------------------------
+
+    async def agents(self, *, after: str, limit: int) -> list[str]:
+        """The workflow ids of which the ledger has anything, in order, from behind this one."""
+
+        def read(connection: Connection) -> list[str]:
+            found: set[str] = set()
+            for table in (_entries, _snapshots, _rewinds, _taken):
+                last = after
+                for _ in range(limit):  # each found by its index: a DISTINCT would read the whole table
+                    query = select(func.min(table.c.workflow_id)).where(table.c.workflow_id > last)
+                    next_one: str | None = connection.execute(query).scalar_one_or_none()
+                    if next_one is None:
+                        break
+                    found.add(last := next_one)
+            return sorted(found)[:limit]
+
+        return await self._read(read)
+
+    async def rows(
+        self, table: str, *, of: str | None = None, after: Sequence[Any] = (), limit: int, **among: Collection[Any]
+    ) -> list[dict[str, Any]]:
+        """Rows of a table as they are, unchecked, in the order of their key, from behind this one.
+
+        Args:
+            table: a key of `_KEYS`.
+            of: only of this agent.
+            after: the key behind which to begin; empty: from the first.
+            limit: how many at most.
+            among: by column, the values wanted.
+        """
+        source, key = _metadata.tables[table], _KEYS[table]
+        query = select(*source.c).order_by(*key).limit(limit)
+        if of is not None:
+            query = query.where(source.c.workflow_id == of)
+        if after:
+            query = query.where(tuple_(*key) > tuple_(*map(literal, after)))
+        for name, values in among.items():
+            query = query.where(source.c[name].in_(values))
+        return await self._read(lambda connection: [dict(row) for row in connection.execute(query).mappings()])
+
+    async def size(self, workflow_id: str | None) -> int:
+        """How many rows there are to look at, of an agent or of all, specs included."""
+
+        def read(connection: Connection) -> int:
+            total = 0
+            for name in _KEYS:
+                table = _metadata.tables[name]
+                query = select(func.count()).select_from(table)
+                if workflow_id is not None and name != "specs":
+                    query = query.where(table.c.workflow_id == workflow_id)
+                total += connection.execute(query).scalar_one()
+            return total
+
+        return await self._read(read)
+
+    async def known(self, table: str, ids: Collection[str]) -> set[str]:
+        """Those of these ids that are there, of entries or of specs."""
+        column = _entries.c.id if table == "entries" else _specs.c.digest
+        query = select(column).where(column.in_(ids))
+        return await self._read(lambda connection: set(connection.execute(query).scalars()))
+
+    # Specs, long results, snapshots, calls ----------------------------------------------------------------------------
 
     async def put_spec(self, spec: ResolvedSpec) -> str:
         """Keep a spec; its digest, the SHA-256 of its canonical encoding."""
@@ -299,6 +546,48 @@ class Ledger:
         if hashlib.sha256(body).hexdigest() != digest:
             raise _changed(f"spec {digest}", "its hash is another")
         return ResolvedSpec.model_validate_json(body)
+
+    async def put_listing(
+        self, agent: tuple[str, str], version: str, server: str, tools: list[ListedTool]
+    ) -> list[ListedTool]:
+        """Record the tools of an MCP server for a version of an agent's file; what is recorded: the first that came."""
+        key = dict(zip(_LISTING_KEY, (*agent, version, server), strict=True))
+        insertion = self._insert_new(_listings).values(**key, body=_TOOLS.dump_json(tools), listed_at=_now())
+        await self._write(lambda connection: connection.execute(insertion))
+        recorded = await self.get_listing(agent, version, server)
+        assert recorded is not None, "it was there, or has just been inserted"
+        return recorded
+
+    async def get_listing(self, agent: tuple[str, str], version: str, server: str) -> list[ListedTool] | None:
+        """The tools of an MCP server as recorded for a version of an agent's file, if they are."""
+        key = zip(_LISTING_KEY, (*agent, version, server), strict=True)
+        query = select(_listings.c.body).where(*(_listings.c[name] == value for name, value in key))
+        body = await self._read(lambda connection: connection.execute(query).scalar_one_or_none())
+        return None if body is None else _TOOLS.validate_json(body)
+
+    async def put_result(self, tenant: str, text: str) -> str:
+        """Keep what a tool returned; its digest, the SHA-256 of its UTF-8 encoding."""
+        body = text.encode()
+        digest = hashlib.sha256(body).hexdigest()
+        insertion = self._insert_new(_results).values(tenant=tenant, digest=digest, body=body)
+        await self._write(lambda connection: connection.execute(insertion))
+        return digest
+
+    async def get_result(self, tenant: str, digest: str) -> str | None:
+        """What a tool returned, by its digest or the beginning of it (16 characters or more); None: there is none."""
+        if not _DIGEST.fullmatch(digest):
+            return None
+        query = (
+            select(_results.c.digest, _results.c.body)
+            .where(_results.c.tenant == tenant, _results.c.digest >= digest, _results.c.digest < f"{digest}g")
+            .limit(1)
+        )
+        row = await self._read(lambda connection: connection.execute(query).one_or_none())
+        if row is None:
+            return None
+        if hashlib.sha256(row.body).hexdigest() != row.digest:
+            raise _changed(f"result {row.digest}", "its hash is another")
+        return str(row.body, encoding="utf-8")
 
     async def put_snapshot(self, snapshot: Snapshot) -> None:
         """Keep an agent's state; of one run the last one counts.
@@ -331,15 +620,19 @@ class Ledger:
         body = await self._read(lambda connection: connection.execute(query).scalar_one_or_none())
         return Snapshot.model_validate_json(body) if body is not None else None
 
-    async def record_call(self, workflow_id: str, turn: int, step: int) -> None:
-        """Note that a model call is about to be made, and whether its step was recorded before."""
+    async def begin_call(self, workflow_id: str, turn: int, step: int) -> bool:
+        """Note that a model call is about to be made; False, and it is not to be, if its step is recorded by now."""
         values = {"workflow_id": workflow_id, "turn": turn, "step": step}
         recorded = exists().where(*(_entries.c[name] == value for name, value in values.items()))
-        note = insert(_calls).from_select(
-            [*values, "recorded_before", "begun_at"],
-            select(*(literal(value) for value in values.values()), recorded, literal(_now())),
+        note = (
+            insert(_calls)
+            .from_select(
+                [*values, "recorded_before", "begun_at"],
+                select(*(literal(value) for value in values.values()), recorded, literal(_now())).where(~recorded),
+            )
+            .execution_options(preserve_rowcount=True)
         )
-        await self._write(lambda connection: connection.execute(note))
+        return await self._write(lambda connection: connection.execute(note).rowcount == 1)
 
     async def totals(self) -> Totals:
         """What the ledger holds."""
@@ -348,22 +641,14 @@ class Ledger:
             def number(query: Any) -> int:
                 return int(connection.execute(query).scalar_one())
 
-            calls = select(func.count()).select_from(_calls)
-            paid_twice = number(calls.where(_calls.c.recorded_before))
-            begun = number(calls)
-            steps = (
-                select(_calls.c.workflow_id, _calls.c.turn, _calls.c.step)
-                .where(~_calls.c.recorded_before)
-                .distinct()
-                .subquery()
-            )
+            begun = number(select(func.count()).select_from(_calls))
+            steps = select(_calls.c.workflow_id, _calls.c.turn, _calls.c.step).distinct().subquery()
             return Totals(
                 agents=number(select(func.count(_entries.c.workflow_id.distinct()))),
                 entries=number(select(func.count()).select_from(_entries)),
                 snapshots=number(select(func.count()).select_from(_snapshots)),
                 calls_begun=begun,
-                calls_repeated=begun - number(select(func.count()).select_from(steps)) - paid_twice,
-                calls_paid_twice=paid_twice,
+                calls_repeated=begun - number(select(func.count()).select_from(steps)),
             )
 
         return await self._read(read)
@@ -380,12 +665,20 @@ class Ledger:
     async def _write(self, work: Callable[[Connection], T]) -> T:
         return await self._run(work, writes=True)
 
-    async def _run(self, work: Callable[[Connection], T], *, writes: bool) -> T:
+    async def transact(self, work: Callable[[Connection], T], *, writes: bool, tables: MetaData) -> T:
+        """For what shares the ledger's database: do this in one transaction, with tables that are made when missing.
+
+        Raises:
+            ApplicationError: RetryLater: the database did not do it. Other errors are those of `work`.
+        """
+        return await self._run(work, writes=writes, tables=tables)
+
+    async def _run(self, work: Callable[[Connection], T], *, writes: bool, tables: MetaData | None = None) -> T:
         """Do this in one transaction, on a thread of our own."""
 
         def run() -> T:
             with (
-                self._connected().connect().execution_options(perennial_writes=writes) as connection,
+                self._connected(tables).connect().execution_options(perennial_writes=writes) as connection,
                 connection.begin(),
             ):
                 return work(connection)
@@ -396,8 +689,8 @@ class Ledger:
             cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
             raise _fault(f"The ledger at {self.place} did not work: {' '.join(str(cause).split())}") from error
 
-    def _connected(self) -> Engine:
-        """The database, with its tables."""
+    def _connected(self, tables: MetaData | None) -> Engine:
+        """The database, with its tables, and these."""
         with self._setup:
             if self._engine is None:
                 engine = _open(self._url)
@@ -407,6 +700,10 @@ class Ledger:
                     engine.dispose()
                     raise
                 self._engine = engine
+            if tables is not None and tables not in self._made:
+                with self._engine.begin() as connection:
+                    _create(connection, tables)
+                self._made.add(tables)
             return self._engine
 
 
@@ -495,9 +792,7 @@ def _make_tables(engine: Engine) -> None:
         ApplicationError: RetryLater: a newer release has made them.
     """
     with engine.begin() as connection:
-        if engine.dialect.name == "postgresql":
-            connection.execute(select(func.pg_advisory_xact_lock(_SETUP_LOCK)))
-        _metadata.create_all(connection)
+        _create(connection, _metadata)
         version = connection.execute(select(func.max(_schema.c.version))).scalar_one_or_none()
         if version is None:
             connection.execute(insert(_schema).values(version=_SCHEMA_VERSION))
@@ -506,6 +801,12 @@ def _make_tables(engine: Engine) -> None:
                 f"The ledger has schema version {version}, and this release knows version {_SCHEMA_VERSION}: "
                 "use a newer release of Perennial"
             )
+
+
+def _create(connection: Connection, tables: MetaData) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(_SETUP_LOCK)))
+    tables.create_all(connection)
 
 
 def _newest(connection: Connection, workflow_id: str, limit: int | None, *conditions: Any) -> list[Entry]:
@@ -523,14 +824,49 @@ def _entry_at(connection: Connection, workflow_id: str, turn: int, step: int) ->
     return found[0] if found else None
 
 
-def _decode(row: Row[Any]) -> Entry:
-    """The entry in a row of `_record`; the columns it was found by have to say what the hashed body says."""
-    if hashlib.sha256(row.body).hexdigest() != row.id:
-        raise _changed(f"entry {row.id}", "its hash is another")
-    entry = Entry.model_validate_json(row.body)
+def _line(head: str, limit: int | None = None, *, name: str = "line") -> CTE:
+    """An entry and those before it: id, parent, and how far back it is."""
+    first = select(_entries.c.id, _entries.c.parent, literal(0).label("depth")).where(_entries.c.id == head)
+    line = first.cte(name, recursive=True)
+    before = select(_entries.c.id, _entries.c.parent, line.c.depth + 1)
+    before = before.join_from(line, _entries, _entries.c.id == line.c.parent)
+    return line.union_all(before if limit is None else before.where(line.c.depth + 1 < limit))
+
+
+def _rewinds_of(connection: Connection, workflow_id: str, *conditions: Any, limit: int | None = None) -> list[Rewound]:
+    query = select(_rewinds).where(_rewinds.c.workflow_id == workflow_id, *conditions)
+    query = query.order_by(_rewinds.c.number.desc()).limit(limit)
+    return [_rewound(row) for row in reversed(connection.execute(query).all())]
+
+
+def _rewound(row: Row[Any]) -> Rewound:
+    return Rewound.model_validate_json(row.body).model_copy(update={"number": row.number})
+
+
+def _decode(row: Any) -> Entry:
+    """The entry in a row of `_record`.
+
+    Raises:
+        ApplicationError: RetryLater: it is not what was recorded.
+    """
+    try:
+        return entry_in(row._asdict())
+    except ValueError as error:
+        raise _changed(f"entry {row.id}", str(error)) from error
+
+
+def entry_in(row: Mapping[str, Any]) -> Entry:
+    """The entry in a row; the columns it was found by have to say what the hashed body says.
+
+    Raises:
+        ValueError: it is not what was recorded; how it differs.
+    """
+    if not isinstance(row["body"], bytes) or hashlib.sha256(row["body"]).hexdigest() != row["id"]:
+        raise ValueError("its hash is another")
+    entry = Entry.model_validate_json(row["body"])
     for name in ("workflow_id", "turn", "step", "parent"):
-        if getattr(row, name) != getattr(entry, name):
-            raise _changed(f"entry {row.id}", f"its {name} was {getattr(entry, name)!r}, and is {getattr(row, name)!r}")
+        if row[name] != getattr(entry, name):
+            raise ValueError(f"its {name} was {getattr(entry, name)!r}, and is {row[name]!r}")
     return entry
 
 
@@ -538,8 +874,13 @@ def _changed(what: str, how: str) -> Exception:
     return _fault(f"The ledger's {what} is not what was recorded: {how}. Restore a backup.")
 
 
-def _characters(entry: Entry) -> int:
-    """About how much of a model's context the entry takes."""
+def _takings(entry: Entry) -> list[dict[str, object]]:
+    of = {"workflow_id": entry.workflow_id, "turn": entry.turn}
+    return [{**of, "digest": digest} for digest in {reference.digest for reference in entry.answers}]
+
+
+def characters(entry: Entry) -> int:
+    """About how much of a model's context the entry takes. It is stored, and `activities.verify` compares."""
     return sum(_MESSAGE_OVERHEAD + sum(map(len, _texts(message))) for message in entry.messages)
 
 
@@ -547,6 +888,8 @@ def _texts(message: Message) -> Iterable[str]:
     if isinstance(message, ToolMessage):
         yield message.content
         return
+    if isinstance(message, MemoryMessage):
+        return  # shown in its own turn only, see `conversation.shown`
     yield message.text
     if isinstance(message, AssistantMessage):
         yield from (f"{call.name}{call.arguments}" for call in message.tool_calls)

@@ -7,6 +7,9 @@ an error's text. Workflow code does not count anything: replay would count twice
 
 from __future__ import annotations
 
+import contextlib
+import time
+
 from prometheus_client import Counter, Gauge, Histogram
 
 from workflows.messages import Usage
@@ -27,6 +30,24 @@ _DELIVERY_EVENTS = Histogram(
 _INGEST_LAG = Gauge("perennial_ingest_lag_records", "Records not yet accepted.", ["topic", "partition"])
 _ASSIGNED = Gauge("perennial_ingest_assigned_partitions", "Partitions that this ingest worker reads.")
 _IN_FLIGHT = Gauge("perennial_ingest_in_flight_deliveries", "Deliveries waiting for Temporal.")
+_OLDEST = Gauge(
+    "perennial_ingest_oldest_unacknowledged_seconds",
+    "Age of the oldest record that is read and not yet durable.",
+    ["topic", "partition"],
+)
+_PAUSED = Counter("perennial_ingest_paused_seconds_total", "Time in which a partition's window was full.", ["topic"])
+_REBALANCES = Counter("perennial_ingest_rebalances_total", "Times the group has given us partitions anew.")
+_COMMIT_FAILURES = Counter(
+    "perennial_ingest_commit_failures_total", "Commits that did not succeed; their records may come again.", ["reason"]
+)
+_DELIVERY_FAILURES = Counter(
+    "perennial_delivery_failures_total", "Deliveries that Temporal did not take at once, by gRPC status.", ["status"]
+)
+_EVENTS_REPEATED = Counter(
+    "perennial_events_repeated_total",
+    "Events taken again: sent again when the agent had forgotten them (mailbox.remember_ids).",
+    ["agent"],
+)
 
 _TURNS = Counter("perennial_turns_total", "Turns that ended.", ["agent", "outcome"])
 _TURN_SECONDS = Histogram(
@@ -79,9 +100,43 @@ def ingest_lag(topic: str, partition: int, records: int) -> None:
     _INGEST_LAG.labels(topic, str(partition)).set(records)
 
 
-def assigned(partitions: int) -> None:
+def oldest_unacknowledged(topic: str, partition: int, written_ms: int | None) -> None:
+    """When the oldest record was written that is not durable yet: milliseconds since 1970; None: all are durable."""
+    age = time.time() - written_ms / 1000 if written_ms is not None and written_ms >= 0 else 0
+    _OLDEST.labels(topic, str(partition)).set(max(0, age))
+
+
+def paused(topic: str, seconds: float) -> None:
+    """A partition of this topic was not read for so long, its window being full."""
+    _PAUSED.labels(topic).inc(seconds)
+
+
+def not_ours(topic: str, partition: int) -> None:
+    """Another member tells of this partition from now on."""
+    for gauge in (_INGEST_LAG, _OLDEST):
+        with contextlib.suppress(KeyError):
+            gauge.remove(topic, str(partition))
+
+
+def rebalanced(partitions: int) -> None:
     """The group has given us so many partitions."""
+    _REBALANCES.inc()
     _ASSIGNED.set(partitions)
+
+
+def commit_failed(reason: str) -> None:
+    """A commit did not succeed: the group has `rebalanced`, or Kafka is `unavailable`."""
+    _COMMIT_FAILURES.labels(reason).inc()
+
+
+def delivery_failed(status: str) -> None:
+    """Temporal has not taken a delivery, for now or for ever."""
+    _DELIVERY_FAILURES.labels(status).inc()
+
+
+def repeated(agent: str, events: int) -> None:
+    """An agent has taken events again that it had taken in an earlier turn."""
+    _EVENTS_REPEATED.labels(agent).inc(events)
 
 
 def in_flight(count: int) -> None:

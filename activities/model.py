@@ -3,23 +3,29 @@
     model = Model(ledger, pools)
     Worker(client, task_queue=names.model_queue(queue), activities=[model.think])
 
-The entry is keyed by (workflow id, turn, step), and looked up before the call: a step that is recorded is never paid
-for again, whatever dies and whoever tries again (DESIGN.md, P6).
+The entry is keyed by (workflow id, turn, step), and looked up first, and once more in the moment of the call, since a
+try that was frozen in between has been taken for dead: a step that is recorded is never paid for again, whatever dies
+and whoever tries again (DESIGN.md, P6).
 """
 
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from typing import Any
 
 from temporalio import activity
 from typing_extensions import override
 
+from activities import metrics
 from activities.conversation import storable
 from activities.endpoints import Answer, FinalError, Pools
-from activities.entries import Entry, Message, ToolMessage, UserMessage
+from activities.entries import Entry, MemoryMessage, Message, ToolMessage, UserMessage
 from activities.heartbeat import beating
 from activities.ledger import Ledger
+from activities.memory import Memory
 from workflows import names
 from workflows.errors import Remedy, activity_error
 from workflows.events import Event, EventReference
@@ -27,9 +33,15 @@ from workflows.interface import ModelActivities
 from workflows.messages import Decision, ThinkRequest, Usage
 from workflows.spec import ResolvedSpec
 
+log = logging.getLogger(__name__)
+
 _CHARACTERS_PER_TOKEN = 4
 _SHARES = (1, 2, 4, 8)
 """Of the context, by which part it is shown: less and less if the model finds it too long. Tokens are an estimate."""
+
+
+class _RecordedError(Exception):
+    """The step is recorded by now: its call is not to be made."""
 
 
 class Model(ModelActivities):
@@ -37,6 +49,7 @@ class Model(ModelActivities):
 
     def __init__(self, ledger: Ledger, pools: Pools) -> None:
         self._ledger = ledger
+        self._memory = Memory(ledger)
         self._pools = pools
 
     @override
@@ -46,7 +59,11 @@ class Model(ModelActivities):
         if entry is None:
             async with beating():
                 # Another try may have been first, if this one was taken for dead: what it recorded counts.
-                entry = await self._ledger.append(await self._step(request))
+                try:
+                    entry = await self._ledger.append(await self._step(request))
+                except _RecordedError:
+                    entry = await self._ledger.find(request.workflow_id, request.turn, request.step)
+                    assert entry is not None, "it was just seen"
         if entry.parent != request.head or [r.digest for r in entry.answers] != [e.digest for e in request.events]:
             raise activity_error(
                 Remedy.FINAL,
@@ -58,7 +75,9 @@ class Model(ModelActivities):
     async def _step(self, request: ThinkRequest) -> Entry:
         """Make the call; what came of it, as an entry."""
         spec = await self._ledger.get_spec(request.spec_digest)
-        messages = new_messages(request)
+        if request.events:
+            await self._notice_repeated(request)
+        messages = new_messages(request, await self._reminder(request, spec))
         answer: Answer | None = None
         error: str | None = None
         try:
@@ -80,18 +99,41 @@ class Model(ModelActivities):
             recorded_at=datetime.now(UTC).isoformat(),
         )
 
+    async def _notice_repeated(self, request: ThinkRequest) -> None:
+        """Count the events that the agent has taken before, and forgotten: they were sent again beyond its horizon."""
+        taken = await self._ledger.taken(request.workflow_id, [event.digest for event in request.events])
+        repeated = sum(turn != request.turn for turn in taken.values())
+        if repeated:
+            metrics.repeated(names.parse_workflow_id(request.workflow_id).agent, repeated)
+            log.warning(
+                "%s takes %d events in turn %d that it has taken before: they came again when more than "
+                "`mailbox.remember_ids` others had been taken since",
+                request.workflow_id,
+                repeated,
+                request.turn,
+            )
+
+    async def _reminder(self, request: ThinkRequest, spec: ResolvedSpec) -> list[Message]:
+        """What the agent has kept that fits what arrives in this step. Recorded with it, it is the same on a retry."""
+        if spec.memory is None or not request.events:
+            return []
+        facts = await self._memory.fitting(request.workflow_id, spec.memory, _query(request.events))
+        return [MemoryMessage(facts=facts)] if facts else []
+
     async def _ask(self, request: ThinkRequest, spec: ResolvedSpec, messages: list[Message]) -> Answer:
         """Have the step answered, showing less of the conversation if it is too long.
 
         Raises:
             FinalError: the request was refused, and would be again.
             ApplicationError: no model can answer now.
+            _RecordedError: another try has had it answered meanwhile.
         """
         key = names.call_key(request.workflow_id, request.turn, request.step)
         for share in _SHARES:
             characters = spec.context.tokens * _CHARACTERS_PER_TOKEN // share
             context = await self._ledger.context(request.head, max_characters=characters) if request.head else []
-            await self._ledger.record_call(request.workflow_id, request.turn, request.step)
+            if not await self._ledger.begin_call(request.workflow_id, request.turn, request.step):
+                raise _RecordedError
             try:
                 return await self._pools.call(
                     spec.route,
@@ -108,8 +150,8 @@ class Model(ModelActivities):
         raise AssertionError("the last share returns or raises")
 
 
-def new_messages(request: ThinkRequest) -> list[Message]:
-    """What is new in a step, as the model is shown it: the results it waited for, then the events."""
+def new_messages(request: ThinkRequest, reminder: list[Message] | None = None) -> list[Message]:
+    """What is new in a step, as the model is shown it: the results it waited for, the reminder, then the events."""
     results = (
         ToolMessage(
             call_id=storable(result.call_id),
@@ -119,7 +161,7 @@ def new_messages(request: ThinkRequest) -> list[Message]:
         )
         for result in request.results
     )
-    return [*results, *(UserMessage(text=storable(render(event))) for event in request.events)]
+    return [*results, *(reminder or []), *(UserMessage(text=storable(render(event))) for event in request.events)]
 
 
 def render(event: Event) -> str:
@@ -134,6 +176,19 @@ def render(event: Event) -> str:
     if event.time:
         facts.append(f"at {event.time.isoformat()}")
     return f"Event {event.type} ({', '.join(facts)})\n{data}"
+
+
+def _query(events: Iterable[Event]) -> str:
+    """What these events are about: all texts and numbers that they hold."""
+    found: list[str] = []
+    waiting: list[Any] = [[event.subject, event.type.replace(".", " "), event.data] for event in events][::-1]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (dict, list)):
+            waiting += reversed(value.values() if isinstance(value, dict) else value)
+        elif value is not None:
+            found.append(str(value))
+    return "\n".join(found)
 
 
 def decision(entry: Entry) -> Decision:

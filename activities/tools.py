@@ -1,6 +1,6 @@
-"""Tools: Python functions an agent may call, named in its spec and run as activities.
+"""Tools: what an agent may call, named in its spec and run as activities: Python functions and tools of MCP servers.
 
-A tool is an ordinary function, sync or async. Its signature and docstring tell the model how to call it; what it
+A Python tool is an ordinary function, sync or async. Its signature and docstring tell the model how to call it; what it
 returns is shown to the model. It says that it was asked for the wrong thing by raising ValueError itself (no subclass:
 those are raised by parsers and libraries), which the model is shown too; any other exception means that it broke, and
 it is tried again if the spec says it is repeatable.
@@ -20,7 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,14 +34,20 @@ from temporalio.exceptions import ApplicationError
 from typing_extensions import override
 
 from activities import metrics
+from activities.conversation import storable
 from activities.heartbeat import beating
-from workflows.errors import NOT_RUN
+from activities.ledger import Ledger
+from activities.mcp_servers import Lost, NotRun, Servers
+from activities.memory import Memory
+from activities.results import Results
+from workflows import names
+from workflows.errors import NOT_RUN, Remedy, activity_error
 from workflows.interface import ToolActivities
-from workflows.messages import ToolCall, ToolOutcome, ToolRequest, ToolResult
-from workflows.spec import ToolDefinition, ToolSpec
+from workflows.messages import ToolOutcome, ToolRequest, ToolResult
+from workflows.spec import McpServer, McpTool, ToolDefinition, ToolSpec
 
 _NO_RUN_CONTEXT = cast("RunContext[None]", None)  # our tools take none: `takes_ctx=False`
-_MAX_RESULT_CHARACTERS = 50_000  # about 12,000 tokens; a longer result would crowd out the conversation
+_Shown = tuple[str, ToolOutcome]
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,8 @@ class ToolCallContext:
     """A folder where this deployment's tools may keep files."""
     workflow_id: str
     turn: int
+    memory: Memory | None = None
+    """The facts agents have kept (activities/memory_tools.py); none in a test of a tool that needs none."""
 
 
 _context: contextvars.ContextVar[ToolCallContext] = contextvars.ContextVar("perennial_tool_call")
@@ -123,54 +131,116 @@ def define(spec: ToolSpec, tool: Tool[None]) -> ToolDefinition:
 
 
 class Tools(ToolActivities):
-    """Runs tools. `find` gives the tool of that name of the agent with that workflow id, if the specs have one."""
+    """Runs tools.
 
-    def __init__(self, find: Callable[[str, str], Tool[None] | None], workspace: Path) -> None:
+    Args:
+        find: gives the Python tool of that name of the agent with that workflow id, if the specs have one.
+        workspace: a folder where tools may keep files.
+        ledger: has the recorded definitions of MCP servers' tools, and keeps what is too long to be shown.
+        servers: the MCP servers.
+        memory: what agents remember; None: they have none.
+    """
+
+    def __init__(
+        self,
+        find: Callable[[str, str], Tool[None] | None],
+        workspace: Path,
+        ledger: Ledger,
+        servers: Servers,
+        memory: Memory | None = None,
+    ) -> None:
         self._find = find
         self._workspace = workspace
+        self._ledger = ledger
+        self._servers = servers
+        self._memory = memory
+        self._results = Results(ledger)
+        self._remote: dict[str, dict[str, tuple[McpTool, McpServer]]] = {}
+        """The tools of MCP servers of each spec by its digest: what the ledger has under it never changes."""
 
     @override
     @activity.defn(name="run_tool")
     async def run_tool(self, request: ToolRequest) -> ToolResult:
-        tool = self._find(request.workflow_id, request.call.name)
-        if tool is None:
-            raise ApplicationError(
-                f"{request.call.name} was not run: this worker does not know it, its specs are older than the agent's. "
-                "Deploy the new specs to every agent worker.",
-                type=NOT_RUN,
-            )
         started = time.monotonic()
-        result: ToolResult | None = None
+        outcome: ToolOutcome | None = None
         try:
             async with beating():
-                result = await self._run(tool, request)
+                content, outcome = await self._run(request)
         finally:
-            outcome = result.outcome.value if result is not None else "broke"
-            metrics.tool_call(request.call.name, outcome, time.monotonic() - started)
-        return result
+            metrics.tool_call(request.call.name, outcome.value if outcome else "broke", time.monotonic() - started)
+        return ToolResult(call_id=request.call.id, name=request.call.name, content=content, outcome=outcome)
 
-    async def _run(self, tool: Tool[None], request: ToolRequest) -> ToolResult:
+    async def _run(self, request: ToolRequest) -> _Shown:
+        name = request.call.name
+        if name == names.READ_RESULT:
+            return await self._read_on(request)
+        tool = self._find(request.workflow_id, name)
+        if tool is not None:
+            text, outcome = await self._call(tool, request)
+        elif remote := await self._remote_tool(request):
+            text, outcome = await self._ask(*remote, request)
+        else:
+            raise _not_run(
+                f"{name} was not run: this worker does not know it, its specs are older than the agent's. "
+                "Deploy the new specs to every agent worker."
+            )
+        return await self._results.fit(request.workflow_id, storable(text), request.result_bytes), outcome
+
+    async def _read_on(self, request: ToolRequest) -> _Shown:
+        try:
+            part = await self._results.read(request.workflow_id, request.call.arguments, request.result_bytes)
+        except ValueError as error:
+            return str(error), ToolOutcome.ERROR
+        return part, ToolOutcome.OK
+
+    async def _remote_tool(self, request: ToolRequest) -> tuple[McpTool, McpServer] | None:
+        """The tool of an MCP server that the call is for, as the agent's spec has recorded it."""
+        digest = request.spec_digest
+        if digest not in self._remote:
+            try:
+                spec = await self._ledger.get_spec(digest)
+            except ApplicationError as error:
+                raise _not_run(f"{request.call.name} was not run: {error.message}") from error
+            self._remote[digest] = {tool.name: (at, spec.servers[at.server]) for tool in spec.tools if (at := tool.mcp)}
+        return self._remote[digest].get(request.call.name)
+
+    async def _ask(self, tool: McpTool, server: McpServer, request: ToolRequest) -> _Shown:
+        """Call a tool of an MCP server."""
+        try:
+            arguments = json.loads(request.call.arguments or "{}")
+        except ValueError as error:
+            return f"Wrong arguments: {error}", ToolOutcome.ERROR
+        if not isinstance(arguments, dict):
+            return "Wrong arguments: they are no JSON object", ToolOutcome.ERROR
+        try:
+            return await self._servers.call(tool.server, server, tool.tool, arguments, request.idempotency_key)
+        except NotRun as error:
+            raise _not_run(f"{request.call.name} was not run: {error}") from error
+        except Lost as error:
+            raise activity_error(Remedy.RETRY_LATER, str(error)) from error
+
+    async def _call(self, tool: Tool[None], request: ToolRequest) -> _Shown:
+        """Call a Python tool."""
         schema = tool.function_schema
         try:
             arguments = schema.validator.validate_json(request.call.arguments or "{}")
         except ValidationError as error:
-            return _result(request.call, f"Wrong arguments: {_explain(error)}", ToolOutcome.ERROR)
-        context = ToolCallContext(request.idempotency_key, self._workspace, request.workflow_id, request.turn)
+            return f"Wrong arguments: {_explain(error)}", ToolOutcome.ERROR
+        context = ToolCallContext(
+            request.idempotency_key, self._workspace, request.workflow_id, request.turn, self._memory
+        )
         with call_context(context):
             try:
                 value = await schema.call(arguments, _NO_RUN_CONTEXT)
             except ValueError as error:
                 if type(error) is not ValueError:
                     raise  # a parser's or a library's, not the tool's own words: it broke, perhaps after its effect
-                return _result(request.call, str(error) or repr(error), ToolOutcome.ERROR)
-        return _result(request.call, _as_text(value), ToolOutcome.OK)
+                return str(error) or repr(error), ToolOutcome.ERROR
+        return _as_text(value), ToolOutcome.OK
 
 
-def _result(call: ToolCall, content: str, outcome: ToolOutcome) -> ToolResult:
-    if len(content) > _MAX_RESULT_CHARACTERS:
-        left_out = len(content) - _MAX_RESULT_CHARACTERS
-        content = f"{content[:_MAX_RESULT_CHARACTERS]}\n[shortened: {left_out} more characters]"
-    return ToolResult(call_id=call.id, name=call.name, content=content, outcome=outcome)
+def _not_run(message: str) -> ApplicationError:
+    return ApplicationError(message, type=NOT_RUN)
 
 
 def _explain(error: ValidationError) -> str:
@@ -178,7 +248,14 @@ def _explain(error: ValidationError) -> str:
 
 
 def _as_text(value: Any) -> str:
-    """What a tool returned, as text: strings as they are, everything else as JSON."""
+    """What a tool returned, as text: strings as they are, else as JSON, else as Python writes it.
+
+    It never raises: the tool has run, and its effect must not be put down to a failure, or be repeated.
+    """
     if isinstance(value, str):
         return value
-    return json.dumps(pydantic_core.to_jsonable_python(value, fallback=repr), ensure_ascii=False)
+    with suppress(Exception):
+        return json.dumps(pydantic_core.to_jsonable_python(value, fallback=repr), ensure_ascii=False)
+    with suppress(Exception):
+        return repr(value)
+    return f"(what {type(value).__name__} holds can't be shown)"

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import functools
 import ipaddress
 import json
-import random
+import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -44,11 +44,12 @@ from cryptography.x509.oid import NameOID
 from servers import eventually
 from typing_extensions import override
 
+from workers.ports import HOST, free_ports
+
 USER, PASSWORD = "perennial", "correct horse"
 """Whom the guarded listeners let in, by PLAIN and SCRAM."""
 
 _POM = Path(__file__).parent / "kafka" / "pom.xml"
-_HOST = "127.0.0.1"
 _START_SECONDS = 90
 _JVM = ("-Xms64m", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Djava.awt.headless=true")
 _LOGGING = (
@@ -78,8 +79,8 @@ class ApacheKafka:
         self.certificates = Certificates(self._folder)
         listeners = ("PLAINTEXT", "CONTROLLER", *(("SSL", "SASL_SSL", "SASL_PLAINTEXT") if guarded else ()))
         numbers = range(1, nodes + 1)
-        free = iter(_free_ports(nodes * len(listeners)))
-        self._ports = {number: dict(zip(listeners, free, strict=False)) for number in numbers}
+        free = free_ports({f"{listener} {number}": 0 for number in numbers for listener in listeners})
+        self._ports = {number: {of: free[f"{of} {number}"] for of in listeners} for number in numbers}
         if guarded:
             self.certificates.make()
         self._settings = dict(settings or {})
@@ -109,7 +110,7 @@ class ApacheKafka:
         return self._addresses("SASL_PLAINTEXT")
 
     def _addresses(self, listener: str) -> str:
-        return ",".join(f"{_HOST}:{ports[listener]}" for ports in self._ports.values())
+        return ",".join(f"{HOST}:{ports[listener]}" for ports in self._ports.values())
 
     # Life ----------------------------------------------------------------------------------------------------------
 
@@ -182,15 +183,15 @@ class ApacheKafka:
 
             await eventually(known)
 
-    async def delete_topics(self) -> None:
-        """All of them, save Kafka's own, so that the next test begins with none."""
+    async def delete_topics(self, *topics: str) -> None:
+        """These; without any named all, save Kafka's own, so that the next test begins with none."""
         async with self.admin() as admin:
-            topics = await self._own_topics(admin)
-            if topics:
-                await admin.delete_topics(topics)
+            doomed = topics or await self._own_topics(admin)
+            if doomed:
+                await admin.delete_topics(list(doomed))
 
             async def gone() -> bool:
-                return not await self._own_topics(admin)
+                return not set(doomed) & set(await self._own_topics(admin))
 
             await eventually(gone)
 
@@ -214,6 +215,17 @@ class ApacheKafka:
             return all(leaders[partition] == replicas[0] for partition, replicas in after.items())
 
         await eventually(moved)
+
+    async def in_sync(self) -> None:
+        """Wait until each node that runs has all of every partition."""
+        async with self.admin() as admin:
+
+            async def whole() -> bool:
+                answer = await admin._send_request_to_node(self._running()[0], MetadataRequest(None))
+                described = [one for topic in answer.to_object()["topics"] for one in topic["partitions"]]
+                return all(set(one["isr"]) == set(self._running()) for one in described)
+
+            await eventually(whole, 60)
 
     async def _replicas(self, topic: str) -> dict[int, list[int]]:
         """The nodes that have a partition, its leader first."""
@@ -251,8 +263,8 @@ class ApacheKafka:
 
     def _properties(self, number: int) -> dict[str, str]:
         nodes, ports = len(self._ports), self._ports[number]
-        addresses = {listener: f"{listener}://{_HOST}:{port}" for listener, port in ports.items()}
-        voters = (f"{other}@{_HOST}:{of['CONTROLLER']}" for other, of in self._ports.items())
+        addresses = {listener: f"{listener}://{HOST}:{port}" for listener, port in ports.items()}
+        voters = (f"{other}@{HOST}:{of['CONTROLLER']}" for other, of in self._ports.items())
         own = {
             "process.roles": "broker,controller",
             "node.id": str(number),
@@ -323,7 +335,7 @@ class _Node:
     def format(self, cluster: str) -> subprocess.Popen[bytes]:
         """Begin to make its directory, with the users that log in by SCRAM."""
         users = (f"{mechanism}=[name={USER},password={PASSWORD}]" for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512"))
-        arguments = ["--cluster-id", cluster, "--config", str(self._properties)]
+        arguments = [f"--cluster-id={cluster}", "--config", str(self._properties)]  # it may begin with a dash
         for user in users:
             arguments += ["--add-scram", user]
         return subprocess.Popen(
@@ -381,27 +393,14 @@ def _class_path() -> str:
             "dependency:build-classpath",
             f"-Dmdep.outputFile={file.name}",
         ]
-        for offline in (["--offline"], []):
-            done = subprocess.run([maven, *offline, *goal], capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                return Path(file.name).read_text().strip()
+        with (Path(tempfile.gettempdir()) / f"perennial-maven-{os.getuid()}.lock").open("w") as lock:
+            # One at a time: Maven does not keep two of itself from writing the same jar.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for offline in (["--offline"], []):
+                done = subprocess.run([maven, *offline, *goal], capture_output=True, text=True, check=False)
+                if done.returncode == 0:
+                    return Path(file.name).read_text().strip()
     raise AssertionError(f"Maven can't fetch Apache Kafka:\n{done.stdout}{done.stderr}")
-
-
-def _free_ports(count: int) -> list[int]:
-    """So many TCP ports that are free on 127.0.0.1 now, and are taken by nobody while a node is down.
-
-    Not those that the system gives to clients: one that tries to connect to a node that is down may be given just its
-    port, and so be connected to itself.
-    """
-    found: list[int] = []
-    while len(found) < count:
-        port = random.randrange(10_000, 32_000)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind((_HOST, port))
-            if port not in found:
-                found.append(port)
-    return found
 
 
 # What aiokafka has no request for --------------------------------------------------------------------------------
@@ -505,7 +504,7 @@ def _certificate(
         .not_valid_before(now - timedelta(days=1))
         .not_valid_after(now + timedelta(days=1))
         .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(_HOST))]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))]), critical=False)
     )
     return key, builder.sign(signer, hashes.SHA256())
 

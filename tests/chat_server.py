@@ -63,10 +63,18 @@ def refused(status: int, message: str = "no", code: str | None = None, **headers
 
 
 class Server:
-    """An HTTP server that answers with `replies` in turn, the last one for ever, and keeps what it was sent."""
+    """An HTTP server that answers with `replies` in turn, the last one for ever, and keeps what it was sent.
 
-    def __init__(self, *replies: Reply) -> None:
+    Args:
+        replies: what it answers.
+        keep: whether it keeps the requests, and not only their sizes.
+    """
+
+    def __init__(self, *replies: Reply, keep: bool = True) -> None:
         self.replies = list(replies)
+        self.sizes: list[int] = []
+        """Bytes of the requests' bodies."""
+        self._keep = keep
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.arrived = asyncio.Event()
@@ -77,7 +85,10 @@ class Server:
         try:
             while head := (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n"):
                 headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
-                self.requests.append(json.loads(await reader.readexactly(int(headers["content-length"]))))
+                body = await reader.readexactly(int(headers["content-length"]))
+                self.sizes.append(len(body))
+                if self._keep:
+                    self.requests.append(json.loads(body))
                 self.headers.append(headers)
                 reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
                 self.arrived.set()
@@ -97,14 +108,14 @@ class Server:
 
 
 @asynccontextmanager
-async def serving(*replies: Reply) -> AsyncIterator[Server]:
+async def serving(*replies: Reply, keep: bool = True) -> AsyncIterator[Server]:
     """A server on a free port."""
-    server = Server(*replies)
+    server = Server(*replies, keep=keep)
     listening = await asyncio.start_server(server.serve, "127.0.0.1", 0)
     server.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1"
     try:
         yield server
     finally:
         listening.close()
-        if server.requests:
+        if server.sizes:
             await server.left.wait()

@@ -4,7 +4,8 @@ A test that stops or kills a server starts its own (`servers.TemporalServer`, `n
 
 Tests that ask for `broker`, `fresh_broker` or `new_broker` run on either broker: the embedded one (`make test`), or
 Apache Kafka (`make test-kafka`, which is `pytest --broker kafka` and leaves out all other tests). What only Apache
-Kafka can do is marked `kafka`; without it, such tests are not collected.
+Kafka can do is marked `kafka`; without it, such tests are not collected. `make test-kafka` is the whole form, and also
+runs what is marked `whole`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 
+import hypothesis
 import pytest
 import servers
+
+hypothesis.settings.register_profile("perennial", deadline=None)  # no test asserts a time: machines are noisy
+hypothesis.settings.load_profile("perennial")
 
 _BROKER_FIXTURES = {"broker", "fresh_broker", "new_broker"}
 
@@ -29,13 +34,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kafka: needs Apache Kafka")
+    config.addinivalue_line("markers", "whole: takes minutes, so only `make test-kafka` runs it")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     on_kafka = config.getoption("--broker") == "kafka"
 
     def wanted(item: pytest.Item) -> bool:
-        if item.get_closest_marker("kafka"):
+        if item.get_closest_marker("kafka") or item.get_closest_marker("whole"):
             return on_kafka
         return not on_kafka or not _BROKER_FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from temporalio import activity
 from temporalio.client import Client
+from temporalio.exceptions import ApplicationError
 from temporalio.worker import Worker
 from typing_extensions import override
 
@@ -33,6 +34,8 @@ from workflows.messages import (
     PublishRequest,
     Reply,
     ReplyRequest,
+    RewindRecord,
+    Rewound,
     SpecRequest,
     ThinkRequest,
     ToolCall,
@@ -76,6 +79,8 @@ class World(ModelActivities, ToolActivities, LedgerActivities, SpecActivities, P
     published: list[Outgoing] = field(default_factory=list)
     snapshots: dict[str, AgentState] = field(default_factory=dict)
     recalled: list[ReplyRequest] = field(default_factory=list)
+    rewinds: list[RewindRecord] = field(default_factory=list)
+    rewind_with: Callable[[RewindRecord], Awaitable[None]] | None = None
 
     @property
     def replies(self) -> list[Reply]:
@@ -120,6 +125,30 @@ class World(ModelActivities, ToolActivities, LedgerActivities, SpecActivities, P
         return found[0] if found else None
 
     @override
+    @activity.defn(name="record_rewind")
+    async def record_rewind(self, record: RewindRecord) -> Rewound:
+        """Every entry is there and on some branch; the ledger's own tests know more."""
+        if self.rewind_with is not None:
+            await self.rewind_with(record)
+        made = [number for number, one in enumerate(self.rewinds, 1) if one.request.id == record.request.id]
+        if not made:
+            if record.fork and record.lived:
+                raise ApplicationError("it has lived already", type=names.REFUSED, non_retryable=True)
+            self.rewinds.append(record)
+        return Rewound(
+            id=record.request.id,
+            workflow_id=record.workflow_id,
+            turn=record.turn,
+            head=record.request.entry,
+            head_turn=1,
+            head_step=1,
+            old_head=None if record.fork else record.head,
+            by=record.request.by,
+            reason=record.request.reason,
+            number=made[0] if made else len(self.rewinds),
+        )
+
+    @override
     @activity.defn(name="load_spec")
     async def load_spec(self, request: SpecRequest) -> ControlSpec | None:
         return None if request.known_digest == self.spec.digest else self.spec
@@ -145,6 +174,7 @@ class World(ModelActivities, ToolActivities, LedgerActivities, SpecActivities, P
                         self.wake,
                         self.keep_snapshot,
                         self.find_reply,
+                        self.record_rewind,
                         self.load_spec,
                         self.publish,
                     ],

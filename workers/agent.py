@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from datetime import timedelta
+from pathlib import Path
 
 from temporalio.client import Client
 from temporalio.worker import Worker
 
 from activities.agent_state import AgentLedger
 from activities.ledger import Ledger
+from activities.mcp_servers import Servers
+from activities.memory import Memory
 from activities.publish import Publish
 from activities.specs import SpecError, Specs, SpecSet, load_specs
 from activities.tools import Tools
 from workers import kafka, wiring
-from workers.settings import Settings
+from workers.settings import Settings, environment
+from workers.spawn import launcher
 from workflows.agent import AgentWorkflow
 
 # An agent of a worker that died is taken over by another after so long.
@@ -36,7 +40,14 @@ def specs_or_exit(settings: Settings) -> SpecSet:
         raise SystemExit(f"The specs are wrong:\n{error}") from error
 
 
-def agent_worker(client: Client, settings: Settings, specs: SpecSet, ledger: Ledger, publisher: Publish) -> Worker:
+def mcp_servers(folder: Path) -> Servers:
+    """The MCP servers of the specs in a folder; their processes end with this one."""
+    return Servers(environment, folder=folder, launcher=launcher())
+
+
+def agent_worker(  # noqa: PLR0913, PLR0917  # what it is wired from
+    client: Client, settings: Settings, specs: SpecSet, ledger: Ledger, publisher: Publish, servers: Servers
+) -> Worker:
     """The worker for the agents' task queue: workflows, tools, ledger, specs, publish."""
     state = AgentLedger(ledger)
     return Worker(
@@ -47,8 +58,9 @@ def agent_worker(client: Client, settings: Settings, specs: SpecSet, ledger: Led
             state.wake,
             state.keep_snapshot,
             state.find_reply,
-            Specs(specs, ledger).load_spec,
-            Tools(specs.tool, settings.state_dir / "tools").run_tool,
+            state.record_rewind,
+            Specs(specs, ledger, servers).load_spec,
+            Tools(specs.tool, settings.state_dir / "tools", ledger, servers, Memory(ledger)).run_tool,
             publisher.publish,
         ],
         workflow_runner=wiring.workflow_runner(),
@@ -74,6 +86,7 @@ async def main(settings: Settings, stop: asyncio.Event) -> None:
     async with (
         Ledger(settings.ledger_url) as ledger,
         contextlib.aclosing(publisher),
-        agent_worker(client, settings, specs, ledger, publisher),
+        mcp_servers(settings.specs) as servers,
+        agent_worker(client, settings, specs, ledger, publisher, servers),
     ):
         await stop.wait()

@@ -31,10 +31,12 @@ from typing_extensions import override
 
 from workers.exits import BAD_INPUT, FAILED, OK, CommandError
 from workers.settings import Settings, SettingsError
+from workflows.spec import Scope
 
 if TYPE_CHECKING:
     from workers.console import Output
     from workers.dlq import Filter, Letter
+    from workers.history import Plan
     from workflows.events import Event
     from workflows.names import Address
 
@@ -74,6 +76,15 @@ class _Commands(TyperGroup):
         output.error(message)
 
 
+class _ListUnlessNamed(TyperGroup):
+    """A group whose `list` need not be said: `perennial memory AGENT` is `perennial memory list AGENT`."""
+
+    @override
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = not args or args[0] in {*self.commands, *ctx.help_option_names}
+        return super().parse_args(ctx, args if named else ["list", *args])
+
+
 def _examples(*lines: str) -> str:
     r"""An epilog with examples, a line each (`\b`: not to be wrapped)."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
@@ -95,10 +106,16 @@ app = typer.Typer(
 )
 worker = typer.Typer(no_args_is_help=True, help="Run one process, against the servers that the settings name.")
 specs = typer.Typer(no_args_is_help=True, help="Work with the agents' YAML files.")
+ingest = typer.Typer(no_args_is_help=True, help="Work with the topics that agents read.")
 dlq = typer.Typer(no_args_is_help=True, help="Work with dead letters: records that could not be understood.")
+memory = typer.Typer(
+    cls=_ListUnlessNamed, no_args_is_help=True, help="Look through what agents remember: `perennial memory AGENT`."
+)
 app.add_typer(worker, name="worker")
+app.add_typer(memory, name="memory")
 app.add_typer(specs, name="specs")
 app.add_typer(dlq, name="dlq")
+app.add_typer(ingest, name="ingest")
 
 
 def _print_version(*, asked: bool) -> None:
@@ -417,15 +434,26 @@ async def _agents(settings: Settings, tenant: str | None, agent: str | None, lim
 
 @app.command(
     short_help="Show one agent and its transcript.",
-    epilog=_examples("perennial show customer-service/customer-17", "perennial show AGENT --limit 5 --json"),
+    epilog=_examples(
+        "perennial show customer-service/customer-17",
+        "perennial show AGENT --limit 5 --json",
+        "perennial show AGENT --tree",
+    ),
 )
 def show(
     agent: Agent,
     *,
-    limit: Annotated[int, typer.Option(min=0, help="How many steps of the transcript, the newest.")] = 20,
+    limit: Annotated[int, typer.Option(min=0, max=10_000, help="How many steps of the transcript, the newest.")] = 20,
+    as_tree: Annotated[bool, typer.Option("--tree", help="Show the steps as a tree, with branches and forks.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show one agent: what it does, what it has spent, what was said, and where the Web UI shows it."""
+    """Show one agent: what it does, what it has spent, what was said, and where the Web UI shows it.
+
+    With --tree, its steps as they hang together: branches that were left by a rewind, forks that begin here, the head.
+    """
+    if as_tree:
+        asyncio.run(_show_tree(Settings.load(), agent, max(limit, 1), _output(as_json=as_json)))
+        return
     asyncio.run(_show(Settings.load(), agent, limit, _output(as_json=as_json)))
 
 
@@ -497,6 +525,318 @@ def _user() -> str:
         return getpass.getuser()
     except (OSError, KeyError):
         return ""
+
+
+# An agent's past --------------------------------------------------------------------------------------------------
+
+EntryId = Annotated[str, typer.Argument(metavar="ENTRY", help="An entry's id, or its beginning; see `show --tree`.")]
+Patience = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds to wait for the agent.")]
+
+
+async def _show_tree(settings: Settings, agent: str, limit: int, output: Output) -> None:
+    from workers import history, views
+
+    address = _resolved(settings, agent)
+    async with history.opened(settings) as ledger:
+        told = await history.tree(ledger, address, limit=limit)
+    if output.as_json:
+        output.data(told)
+        return
+    for line in views.tree(told):
+        output.say(line)
+    if told.entries > limit:
+        output.note(f"The newest {limit} are shown; --limit shows more.")
+
+
+@app.command(
+    short_help="Let an agent go on behind an earlier entry.",
+    epilog=_examples(
+        "perennial rewind logistics/order-1042 3f2a9c12 --dry-run",
+        "perennial rewind logistics/order-1042 3f2a9c12 --reason 'it misread the address' --yes",
+    ),
+)
+def rewind(  # noqa: PLR0913  # each is a choice of its own
+    agent: Agent,
+    entry: EntryId,
+    *,
+    reason: Reason = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, whatever was done since.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would leave.")] = False,
+    timeout: Patience = 60.0,
+    as_json: Json = False,
+) -> None:
+    """Let an agent go on behind an entry of any of its branches. What came after it stays in the ledger, as a branch.
+
+    The turn in progress is finished first, and mail waits. An event that was answered stays answered: to have it
+    answered again, send it with a new id. Tool calls that were made since are not undone; they are listed, and it is
+    asked whether to go on.
+    """
+    output = _output(as_json=as_json)
+    asyncio.run(_rewind(Settings.load(), agent, entry, reason, timeout, yes=yes, dry_run=dry_run, output=output))
+
+
+async def _rewind(  # noqa: PLR0913  # the command's own parameters
+    settings: Settings,
+    agent: str,
+    entry: str,
+    reason: str,
+    seconds: float,
+    *,
+    yes: bool,
+    dry_run: bool,
+    output: Output,
+) -> None:
+    from workers import history, operations, views
+    from workflows.messages import RewindRequest
+
+    address = _resolved(settings, agent)
+    who = operations.shown(address)
+    agreed_to: int | None = None
+    deadline = asyncio.get_running_loop().time() + seconds
+    async with history.opened(settings) as ledger:
+        found = await history.find_entry(ledger, address, entry)
+        while True:
+            plan = await history.plan_of(ledger, address, found)
+            if dry_run or plan.head == plan.entry:
+                _only_tell(plan, output)
+                output.note("nothing was changed" if dry_run else f"{who} is there already")
+                return
+            if plan.calls_total != agreed_to:
+                _agree(plan, yes=yes, output=output)
+                agreed_to = plan.calls_total
+            request = RewindRequest(entry=found.id, by=_user(), reason=reason, over=None if yes else plan.head)
+            client = await operations.connect(settings)
+            try:
+                with output.working(f"rewinding {who} ..."):
+                    made = await history.rewind(client, settings, address, request, seconds=seconds)
+            except history.GoneOnError as error:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise CommandError(f"{error} Pause it first: `perennial pause {who}`.") from error
+            else:
+                break
+    if output.as_json:
+        output.data(made)
+        return
+    output.say(views.rewound(who, made))
+    output.note(f"`perennial rewind {who} {made.old_head}` goes back to where it was.")
+
+
+def _only_tell(plan: Plan, output: Output) -> None:
+    from workers import views
+
+    if output.as_json:
+        output.data(plan)
+        return
+    for line in views.plan(plan):
+        output.say(line)
+
+
+def _agree(plan: Plan, *, yes: bool, output: Output) -> None:
+    """Say what a rewind leaves and, if tool calls were made there, ask whether to go on."""
+    from workers import views
+
+    for line in views.plan(plan):
+        output.note(line)
+    if yes or not plan.calls_total:
+        return
+    if not sys.stdin.isatty():
+        raise CommandError("Tool calls were made since, and nobody is there to be asked: say --yes.", BAD_INPUT)
+    typer.confirm("Rewind over them?", abort=True, err=True)
+
+
+@app.command(
+    short_help="Begin a new agent behind an entry of another.",
+    epilog=_examples("perennial fork logistics/order-1042 3f2a9c12 order-1042-what-if"),
+)
+def fork(  # noqa: PLR0913  # each is a choice of its own
+    agent: Agent,
+    entry: EntryId,
+    key: Annotated[str, typer.Argument(metavar="NEW-KEY", help="The new agent's key; it must never have been used.")],
+    *,
+    reason: Reason = "",
+    timeout: Patience = 60.0,
+    as_json: Json = False,
+) -> None:
+    """Begin an agent, of the same tenant and name under another key, with the conversation up to an entry.
+
+    The two share what was said up to there, and nothing after it. The new one has spent nothing, and knows of no event:
+    what the other has answered may be sent to it too.
+    """
+    asyncio.run(_fork(Settings.load(), agent, entry, key, reason, timeout, _output(as_json=as_json)))
+
+
+async def _fork(  # noqa: PLR0913, PLR0917  # the command's own parameters
+    settings: Settings, agent: str, entry: str, key: str, reason: str, seconds: float, output: Output
+) -> None:
+    from workers import history, operations, views
+    from workflows import names
+    from workflows.messages import RewindRequest
+
+    address = _resolved(settings, agent)
+    new = address._replace(key=key)
+    try:
+        names.workflow_id(new)
+    except ValueError as error:
+        raise CommandError(f"{key!r} can't be a key: {error}.", BAD_INPUT) from error
+    async with history.opened(settings) as ledger:
+        found = await history.find_entry(ledger, address, entry)
+        client = await operations.connect(settings)
+        request = RewindRequest(entry=found.id, by=_user(), reason=reason)
+        with output.working(f"forking {operations.shown(address)} ..."):
+            made = await history.fork(client, settings, ledger, new, request, seconds=seconds)
+    if output.as_json:
+        output.data(made)
+        return
+    output.say(views.rewound(operations.shown(new), made))
+
+
+@app.command(
+    short_help="Check that the ledger is what was recorded.",
+    epilog=_examples("perennial verify logistics/order-1042", "perennial verify --all --json"),
+)
+def verify(
+    agent: Annotated[str | None, typer.Argument(metavar="[AGENT]", help="TENANT/AGENT/KEY, or AGENT/KEY.")] = None,
+    *,
+    every: Annotated[bool, typer.Option("--all", help="All agents.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check each entry's hash, the chain of parents up to the root, and all that refers to entries and specs.
+
+    Whatever is not as it was recorded is named, and the exit status is 1. Reads all of it, a page at a time.
+    """
+    if bool(agent) == every:
+        raise typer.BadParameter("name an agent, or say --all")
+    asyncio.run(_verify(Settings.load(), agent, _output(as_json=as_json)))
+
+
+async def _verify(settings: Settings, agent: str | None, output: Output) -> None:
+    from workers import history, views
+
+    address = _resolved(settings, agent) if agent else None
+    async with history.opened(settings) as ledger:
+        with output.counting("verifying") as progress:
+            told = await history.verify(
+                ledger,
+                address,
+                on_finding=lambda found: None if output.as_json else output.say(views.finding(found)),
+                on_progress=progress,
+            )
+    if output.as_json:
+        output.data(told)
+    output.note(views.verdict(told))
+    if told.wrong:
+        raise typer.Exit(FAILED)
+
+
+# Memory -----------------------------------------------------------------------------------------------------------
+
+
+@memory.command(
+    "list",
+    epilog=_examples(
+        "perennial memory customer-service/customer-17",
+        "perennial memory store/customer-service/customer-17 --query 'how to deliver' --scope key",
+        "perennial memory customer-service/customer-17 --forgotten --json",
+    ),
+)
+def memory_list(  # noqa: PLR0913  # one for each filter
+    agent: Agent,
+    *,
+    query: Annotated[str | None, typer.Option(help="Only what fits these words, the best first.")] = None,
+    scope: Annotated[list[Scope] | None, typer.Option(help="Only of this scope; may be given again.")] = None,
+    forgotten: Annotated[bool, typer.Option("--forgotten", help="Also what was forgotten, by whom and why.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """List the facts that an agent is reminded of: its own, its name's and its tenant's, the newest first."""
+    if query is not None and forgotten:
+        raise typer.BadParameter("--query looks through what is remembered; it can't be given with --forgotten")
+    from workers import memory as memories
+    from workers import operations, views
+
+    settings, output = Settings.load(), _output(as_json=as_json)
+    address = _resolved(settings, agent)
+    scopes = scope or list(Scope)
+    found = asyncio.run(memories.facts(settings, address, scopes, query=query, forgotten=forgotten, limit=limit))
+    who = operations.shown(address)
+    if output.as_json:
+        output.data(found)
+        return
+    if not found:
+        output.note(f"There is no such fact that {who} remembers.")
+        return
+    output.table(["ID", "SCOPE", "KEPT", "FROM", "FACT"], [views.kept_fact(one) for one in found])
+    if len(found) == limit:
+        output.note(f"{limit} are shown; --limit shows more.")
+    output.note(f"`perennial memory forget {who} {found[0].fact.id} --why ...` forgets one of them.")
+
+
+@memory.command(
+    "forget",
+    epilog=_examples("perennial memory forget customer-service/customer-17 3f2a9c01d4e5b677 --why 'asked for it'"),
+)
+def memory_forget(
+    agent: Agent,
+    fact: Annotated[str, typer.Argument(metavar="ID", help="As `perennial memory` names it.")],
+    *,
+    why: Annotated[str, typer.Option(help="Why; it is kept with the fact.")],
+    as_json: Json = False,
+) -> None:
+    """Let an agent be reminded of a fact no more. The fact stays on record, with who forgot it and why."""
+    from workers import memory as memories
+
+    settings, output = Settings.load(), _output(as_json=as_json)
+    told = asyncio.run(memories.forget(settings, _resolved(settings, agent), fact, by=_user(), why=why))
+    if output.as_json:
+        output.data(told)
+    else:
+        output.say(f"forgotten: {told.text}")
+
+
+# Topics -----------------------------------------------------------------------------------------------------------
+
+
+@ingest.command(
+    "replay",
+    short_help="Hand a stretch of a topic to its agents once more.",
+    epilog=_examples(
+        "perennial ingest replay store.events --from 2026-11-01",
+        "perennial ingest replay store.events --from earliest --agent concierge",
+        "perennial ingest replay store.events --from 1200 --until 1300 --partition 2",
+    ),
+)
+def ingest_replay(  # noqa: PLR0913  # a stretch has these parts
+    topic: Annotated[str, typer.Argument(metavar="TOPIC", help="Whose records.")],
+    *,
+    since: Annotated[str, typer.Option("--from", metavar="PLACE", help="earliest, a time (UTC), or an offset.")],
+    until: Annotated[str, typer.Option(metavar="PLACE", help="Up to before this; latest: what is there now.")] = (
+        "latest"
+    ),
+    partition: Annotated[int | None, typer.Option(min=0, help="Only of this partition.")] = None,
+    agent: Annotated[str | None, typer.Option(help="Only what is for this agent: AGENT or TENANT/AGENT.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Hand a stretch of a topic to its agents once more, beside the ingest workers; duplicates are dropped.
+
+    An event that an agent has taken, however long ago, has no effect; so this may be given again. It is for an agent
+    that has come later than its events, and for whatever else it has missed. What it never had comes behind all that it
+    has by now.
+    """
+    from workers import operations, views
+    from workers.replay import Stretch, place, replay
+
+    settings, output = Settings.load(), _output(as_json=as_json)
+    stretch = Stretch(topic=topic, start=place(since), end=place(until), partition=partition)
+    specs = operations.known_specs(settings.specs) or []
+    with output.counting(f"replaying {topic}") as progress:
+        told = asyncio.run(replay(settings, specs, stretch, agent=agent, on_progress=progress))
+    if output.as_json:
+        output.data(told)
+        return
+    for line in views.replayed(told):
+        output.say(line)
+    if told.accepted:
+        output.note("`perennial tail` shows what agents make of them.")
 
 
 # Dead letters -----------------------------------------------------------------------------------------------------
@@ -672,15 +1012,20 @@ def specs_check(
         Path | None, typer.Argument(help="Folder with *.yaml.", show_default="PERENNIAL_SPECS, or deploy/agents")
     ] = None,
     *,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not ask MCP servers for their tools.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check the agents' YAML files and their tools. All faults are named, with file and line; exit status 2."""
+    """Check the agents' YAML files and their tools. All faults are named, with file and line; exit status 2.
+
+    MCP servers are asked for their tools; those that are commands are started for it.
+    """
     from workers import views
-    from workers.operations import check_specs
+    from workers.operations import check_specs_and_servers
 
     output = _output(as_json=as_json)
     folder = folder or Settings.load().specs
-    found = check_specs(folder)
+    with output.working("asking for tools"):
+        found = check_specs_and_servers(folder, ask_servers=not offline)
     if not found:
         raise CommandError(f"There are no specs (*.yaml) in {folder}.", BAD_INPUT)
     if output.as_json:
@@ -692,7 +1037,7 @@ def specs_check(
             (
                 f"{spec.tenant}/{spec.name}",
                 spec.route,
-                ", ".join(tool.python.partition(":")[2] for tool in spec.tools),
+                ", ".join(spec.offers),
                 ", ".join(f"{sub.topic} ({', '.join(sub.types)})" for sub in spec.subscriptions),
             )
             for spec in found

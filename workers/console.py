@@ -88,6 +88,16 @@ class Output:
             yield lambda text: status.update(Text(text))
 
     @contextmanager
+    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """As `progress`, where the total is found out on the way. Call what it gives with what is done, of how many."""
+        if not self._err.is_terminal:
+            yield lambda _done, _of: None
+            return
+        with Progress(console=self._err, transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, of: bar.update(task, completed=done, total=of)
+
+    @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
         """A progress bar on a terminal; on a pipe, nothing. Call what it gives with the number that is done."""
         if not self._err.is_terminal or total <= 1:

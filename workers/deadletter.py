@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from activities.kafka import LARGEST, Kafka
 from workers.records import Record
 from workflows import names
+from workflows.events import Event, hold_digest
 
 _STOP_SECONDS = 5
 
@@ -33,6 +34,9 @@ _MESSAGE = "dlq.message"
 _ATTEMPTS = "dlq.attempts"
 _FIRST_FAILED = "dlq.first-failed"
 _LAST_FAILED = "dlq.last-failed"
+_HELD = "dlq.held"
+REDRIVEN = "dlq.redriven"
+"""On a record that was redriven, as one of the original's own then: where it stood first, TOPIC/PARTITION/OFFSET."""
 _VALUE = "dlq.original.value"
 """Says that the original has neither key nor value: our client can't write that, so an empty value stands in."""
 _NULL = "null"
@@ -50,6 +54,8 @@ class DeadLetter(BaseModel):
     reason: str
     """A `records.Reason`; a newer release may know more of them."""
     message: str
+    held: tuple[str, ...] = ()
+    """Workflow ids of the agents whose later mail waits, their order being strict."""
     attempts: int = 1
     first_failed: datetime
     last_failed: datetime
@@ -69,6 +75,8 @@ class DeadLetter(BaseModel):
             _FIRST_FAILED: self.first_failed.astimezone(UTC).isoformat(),
             _LAST_FAILED: self.last_failed.astimezone(UTC).isoformat(),
         }
+        if self.held:
+            ours[_HELD] = " ".join(self.held)
         if self._is_empty:
             ours[_VALUE] = _NULL
         return [*self.original.headers, *((name, text.encode()) for name, text in ours.items())]
@@ -109,6 +117,7 @@ class DeadLetter(BaseModel):
                 group=ours[_GROUP],
                 reason=ours[_REASON],
                 message=ours[_MESSAGE],
+                held=tuple(ours.get(_HELD, "").split()),
                 attempts=int(ours[_ATTEMPTS]),
                 first_failed=datetime.fromisoformat(ours[_FIRST_FAILED]),
                 last_failed=datetime.fromisoformat(ours[_LAST_FAILED]),
@@ -117,6 +126,23 @@ class DeadLetter(BaseModel):
             raise ValueError(f"{where} is not a dead letter: it has no header {error}") from error
         except ValueError as error:
             raise ValueError(f"{where} is not a dead letter: {error}") from error
+
+
+def first_origin(record: Record) -> str:
+    """Where a record stood first, before it was redriven: TOPIC/PARTITION/OFFSET."""
+    redriven = _redriven(record)
+    return redriven or f"{record.topic}/{record.partition}/{record.offset}"
+
+
+def filling(event: Event, record: Record) -> Event:
+    """The event; if its record was redriven, so that it takes the place of the hold it has left."""
+    redriven = _redriven(record)
+    return event.model_copy(update={"fills": hold_digest(redriven)}) if redriven else event
+
+
+def _redriven(record: Record) -> str:
+    found = [value for name, value in record.headers if name == REDRIVEN and value]
+    return found[-1].decode(errors="replace") if found else ""
 
 
 class DeadLetters:

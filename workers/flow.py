@@ -123,7 +123,9 @@ class Flow(Generic[L, C]):
         self._cooling: deque[tuple[float, _Lane[L, C]]] = deque()
         self._in_flight: set[Batch[L, C]] = set()
 
-    def add(self, partition: Partition, offset: int, size: int, parts: Iterable[Part[L, C]]) -> None:
+    def add(
+        self, partition: Partition, offset: int, size: int, parts: Iterable[Part[L, C]], timestamp: int = -1
+    ) -> None:
         """Take in a record of `size` bytes. One without parts is finished at once."""
         partition = Partition(*partition)
         log = self._logs.get(partition)
@@ -136,7 +138,7 @@ class Flow(Generic[L, C]):
             log = self._logs[partition] = _Log()
         parts = list(parts)
         record = _Record(log, offset, size, open=len(parts))
-        log.frontier.begin(offset)
+        log.frontier.begin(offset, timestamp)
         log.bytes += size
         for part in parts:
             lane = self._lanes.get(part.lane)
@@ -199,6 +201,14 @@ class Flow(Generic[L, C]):
             partition: position
             for partition, log in self._logs.items()
             if (position := log.frontier.position) is not None
+        }
+
+    def oldest(self) -> Mapping[Partition, int]:
+        """The timestamp of the oldest record that is not finished, of partitions that have one."""
+        return {
+            partition: timestamp
+            for partition, log in self._logs.items()
+            if (timestamp := log.frontier.oldest) is not None
         }
 
     def hold(self, partitions: Iterable[Partition]) -> None:

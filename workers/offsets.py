@@ -16,26 +16,30 @@ class Frontier:
     """
 
     def __init__(self) -> None:
-        self._begun: deque[int] = deque()
+        self._begun: deque[tuple[int, int]] = deque()
         self._finished: set[int] = set()
         self._next: int | None = None
 
-    def begin(self, offset: int) -> None:
+    def begin(self, offset: int, timestamp: int = -1) -> None:
         """A record was read.
+
+        Args:
+            offset: its own.
+            timestamp: when it was written; only `oldest` wants to know.
 
         Raises:
             ValueError: the offset is not beyond all that were read before.
         """
         if self._next is not None and offset < self._next:
             raise ValueError(f"offset {offset} comes after offset {self._next - 1} was read")
-        self._begun.append(offset)
+        self._begun.append((offset, timestamp))
         self._next = offset + 1
 
     def finish(self, offset: int) -> None:
         """A record is durably dealt with."""
         self._finished.add(offset)
-        while self._begun and self._begun[0] in self._finished:
-            self._finished.discard(self._begun.popleft())
+        while self._begun and self._begun[0][0] in self._finished:
+            self._finished.discard(self._begun.popleft()[0])
 
     @property
     def next(self) -> int | None:
@@ -45,7 +49,12 @@ class Frontier:
     @property
     def position(self) -> int | None:
         """The offset to commit, that is the next one to read after a restart; None before the first record."""
-        return self._begun[0] if self._begun else self._next
+        return self._begun[0][0] if self._begun else self._next
+
+    @property
+    def oldest(self) -> int | None:
+        """The timestamp of the record at the frontier; None when all are finished."""
+        return self._begun[0][1] if self._begun else None
 
     def __len__(self) -> int:
         """How many records were read at or past the frontier, finished or not: what a restart would read again."""

@@ -14,6 +14,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 from uuid import uuid4
 
@@ -40,10 +41,16 @@ from workers import wiring
 from workers.exits import BAD_INPUT, CommandError
 from workers.settings import Settings
 from workflows import names
+from workflows.events import Event
 from workflows.messages import AskRequest, Intervention, Reply, Status
 from workflows.names import Address
-from workflows.spec import AgentSpec
+from workflows.spec import AgentSpec, ResolvedSpec
 from workflows.state import AgentInput
+
+if TYPE_CHECKING:
+    from activities.specs import SpecSet
+
+R = TypeVar("R")
 
 _CONNECT_SECONDS = 10.0
 _RPC = timedelta(seconds=10)
@@ -74,6 +81,12 @@ class AgentSummary(BaseModel):
     run_id: str
 
 
+class CheckedSpec(AgentSpec):
+    """A spec that is in order, and the names of the tools its agent is offered."""
+
+    offers: list[str]
+
+
 # Who --------------------------------------------------------------------------------------------------------------
 
 
@@ -95,15 +108,49 @@ def known_specs(folder: Path) -> list[AgentSpec] | None:
 
 
 def check_specs(folder: Path) -> list[AgentSpec]:
-    """The specs in a folder, with everything checked that the workers check.
+    """The specs in a folder, with everything checked that the workers check when they start.
 
     Raises:
         CommandError: a spec is wrong; all faults are named, with file and line.
     """
+    return _loaded(folder).agents
+
+
+def check_specs_and_servers(folder: Path, *, ask_servers: bool) -> list[CheckedSpec]:
+    """The specs in a folder, with the tools that their agents are offered.
+
+    Args:
+        folder: where the YAML files are.
+        ask_servers: ask the MCP servers for their tools, starting those that are commands.
+
+    Raises:
+        CommandError: a spec or an MCP server is wrong; all faults are named, with file and line.
+    """
+    from activities.specs import check_servers  # noqa: PLC0415  # imports the model library: a second
+    from workers.agent import mcp_servers  # noqa: PLC0415
+
+    async def asked() -> tuple[dict[tuple[str, str], ResolvedSpec], list[str]]:
+        async with mcp_servers(folder) as servers:
+            return await check_servers(specs, servers)
+
+    specs = _loaded(folder)
+    resolved, faults = asyncio.run(asked()) if ask_servers else ({}, [])
+    if faults:
+        raise CommandError("\n".join(faults), BAD_INPUT)
+    return [
+        CheckedSpec(
+            **agent.spec.model_dump(exclude_unset=True),
+            offers=[tool.name for tool in (resolved[agent.name].tools if ask_servers else agent.definitions)],
+        )
+        for agent in specs
+    ]
+
+
+def _loaded(folder: Path) -> SpecSet:
     from activities.specs import SpecError, load_specs  # noqa: PLC0415  # imports the model library: a second
 
     try:
-        return load_specs(folder).agents
+        return load_specs(folder)
     except SpecError as error:
         raise CommandError(str(error), BAD_INPUT) from error
 
@@ -170,6 +217,16 @@ def ui_link(settings: Settings, workflow_id: str) -> str:
 # Temporal ---------------------------------------------------------------------------------------------------------
 
 
+async def deliver(client: Client, settings: Settings, address: Address, event: Event) -> None:
+    """Put an event into an agent's mailbox, behind Kafka's back.
+
+    Raises:
+        CommandError: Temporal does not take it.
+    """
+    async with plainly(settings, f"{shown(address)} can't be told"):
+        await wiring.deliver(client, settings.task_queue, address, [event])
+
+
 async def connect(settings: Settings) -> Client:
     """A Temporal client.
 
@@ -195,7 +252,7 @@ def _away(settings: Settings, why: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def _plainly(settings: Settings, what: str) -> AsyncIterator[None]:
+async def plainly(settings: Settings, what: str) -> AsyncIterator[None]:
     """Temporal's refusals as messages for people.
 
     Raises:
@@ -283,7 +340,7 @@ async def ask(  # noqa: PLR0913  # who asks whom what, and how long to wait
                 f"{shown(address)} has not answered within {seconds:g} s: {why}. "
                 f"Ask again with `--id {request.id}` to get the reply to this question."
             )
-        async with _plainly(settings, f"{shown(address)} does not answer"):
+        async with plainly(settings, f"{shown(address)} does not answer"):
             return await asking
     finally:
         asking.cancel()
@@ -299,6 +356,24 @@ async def absent_workers(client: Client, settings: Settings) -> str:
 
 
 async def _ask(client: Client, settings: Settings, address: Address, request: AskRequest) -> Reply:
+    return await updated(client, settings, address, names.ASK, request, Reply, update_id=request.id)
+
+
+async def updated(  # noqa: PLR0913, PLR0917  # whom, what, and what comes back
+    client: Client,
+    settings: Settings,
+    address: Address,
+    update: str,
+    request: BaseModel,
+    result: type[R],
+    update_id: str | None = None,
+) -> R:
+    """Send an update to an agent, waking or starting it, for as long as it takes; again when it was between two runs.
+
+    Raises:
+        WorkflowUpdateFailedError: the agent refuses.
+        RPCError: Temporal is away or refuses.
+    """
     while True:
         start: WithStartWorkflowOperation[object, None] = WithStartWorkflowOperation(
             names.WORKFLOW_TYPE,
@@ -307,22 +382,22 @@ async def _ask(client: Client, settings: Settings, address: Address, request: As
             id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
         )
         try:
-            reply: Reply = await client.execute_update_with_start_workflow(
-                names.ASK, request, start_workflow_operation=start, result_type=Reply, id=request.id
+            answer: R = await client.execute_update_with_start_workflow(
+                update, request, start_workflow_operation=start, result_type=result, id=update_id
             )
         except WorkflowUpdateRPCTimeoutOrCancelledError:
             # The server lets a call wait for so long and no longer. Our own cancellation looks the same.
             if (task := asyncio.current_task()) and task.cancelling():
                 raise
         except WorkflowUpdateFailedError as error:
-            # The agent closed or continued as new before it had taken the question: its next run takes it.
+            # The agent closed or continued as new before it had taken the update: its next run takes it.
             if not (isinstance(error.cause, ApplicationError) and error.cause.type in _TO_ASK_AGAIN):
                 raise
         except RPCError as error:
             if error.status not in {RPCStatusCode.NOT_FOUND, RPCStatusCode.ABORTED} or _no_namespace(error):
                 raise
         else:
-            return reply
+            return answer
         finally:
             # The start's own outcome, which nobody else asks for: asyncio would complain on standard error.
             with contextlib.suppress(Exception):
@@ -373,7 +448,7 @@ async def list_agents(
         if value is not None:
             conditions.append(f"{attribute} = {_quoted(value)}")
     newest: dict[str, WorkflowExecution] = {}
-    async with _plainly(settings, "The agents can't be listed"):
+    async with plainly(settings, "The agents can't be listed"):
         async for execution in client.list_workflows(" AND ".join(conditions), rpc_timeout=_RPC):
             known = newest.get(execution.id)
             if known is None and len(newest) == limit:
@@ -434,7 +509,7 @@ async def steer(
     """
     who = shown(address)
     handle = client.get_workflow_handle(names.workflow_id(address))
-    async with _plainly(settings, f"{who} can't be told to {update}"):
+    async with plainly(settings, f"{who} can't be told to {update}"):
         try:
             async with asyncio.timeout(_STEER_SECONDS):
                 status: Status = await handle.execute_update(update, intervention, result_type=Status)
@@ -453,7 +528,7 @@ async def steer(
 async def find(client: Client, settings: Settings, address: Address) -> WorkflowExecutionDescription | None:
     """The newest run of an agent; None if it has none that is kept."""
     workflow_id = names.workflow_id(address)
-    async with _plainly(settings, f"{shown(address)} can't be looked up"):
+    async with plainly(settings, f"{shown(address)} can't be looked up"):
         try:
             return await client.get_workflow_handle(workflow_id).describe(rpc_timeout=_RPC)
         except RPCError as error:

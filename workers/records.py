@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import JsonValue, ValidationError
 from pydantic_core import from_json
@@ -40,6 +40,7 @@ _ATTRIBUTES = frozenset(
     ("specversion", "id", "source", "type", "subject", "time", "datacontenttype", "data", "data_base64")
 )
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
+_RESERVED = (names.HOLD_TYPE, names.RELEASE_TYPE)
 _MAX_DEPTH = 64  # pydantic reads JSON 200 deep; on its way data is wrapped a few times
 
 
@@ -223,6 +224,8 @@ def _build(attributes: Mapping[str, JsonValue], content_type: str | None, data: 
         raise _Fault(Reason.MISSING_ATTRIBUTE, "'specversion' is missing; it has to be \"1.0\"")
     if version != "1.0":
         raise _Fault(Reason.SPECVERSION, f"'specversion' has to be the string \"1.0\", not {reprlib.repr(version)}")
+    if attributes.get("type") in _RESERVED:
+        raise _Fault(Reason.BAD_ATTRIBUTE, f"'type': {attributes['type']} is Perennial's own; choose another")
     return Event(
         id=_required(attributes, "id"),
         source=_required(attributes, "source"),
@@ -362,12 +365,63 @@ class Routes:
         """What to read: `agents.events`, and whatever the specs subscribe to."""
         return {names.EVENTS_TOPIC, *(sub.topic for spec in self._specs.values() for sub in spec.subscriptions)}
 
-    def route(self, event: Event, topic: str) -> Route:
-        """Whom an event on this topic is for; an empty route: nobody wants it, and that is in order."""
+    def start(self, topic: str) -> Literal["earliest"] | datetime:
+        """From where a topic is read that was never read before: where the first of its subscriptions starts."""
+        subscribed = (sub for spec in self._specs.values() for sub in spec.subscriptions if sub.topic == topic)
+        starts = [subscription.start for subscription in subscribed]
+        times = [start for start in starts if isinstance(start, datetime)]
+        return min(times) if times and len(times) == len(starts) and topic != names.EVENTS_TOPIC else "earliest"
+
+    def is_strict(self, address: Address) -> bool:
+        """Whether this agent's mail waits behind a dead letter."""
+        spec = self._specs.get((address.tenant, address.agent))
+        return spec is not None and spec.order == "strict"
+
+    def held(self, record: Record, event: Event | None) -> list[Address]:
+        """The agents whose order is strict, and for which a rejected record may have been; its key says which.
+
+        Args:
+            record: as it was read.
+            event: what was read in it; None when it could not be decoded, and may have been for anybody.
+        """
+        try:
+            key = (record.key or b"").decode()
+        except UnicodeDecodeError:
+            return []  # no agent's key
+        reached = (
+            {address[:2] for address in self.route(event, record.topic, record.timestamp).addresses} if event else set()
+        )
+        addresses = [
+            Address(spec.tenant, spec.name, key)
+            for spec in self._specs.values()
+            if spec.order == "strict"
+            and (spec.tenant, spec.name) not in reached
+            and self._may_want(spec, event, record)
+        ]
+        return [address for address in addresses if not _address_fault(address)]
+
+    @staticmethod
+    def _may_want(spec: AgentSpec, event: Event | None, record: Record) -> bool:
+        topic = record.topic
+        if event is None:
+            return topic in {names.EVENTS_TOPIC, *(subscription.topic for subscription in spec.subscriptions)}
+        tenant, agent = event.extensions.get("tenant"), event.extensions.get("agent")
+        if topic == names.EVENTS_TOPIC and agent:
+            return (tenant or "default", agent) == (spec.tenant, spec.name)
+        return tenant in {None, spec.tenant} and _first(spec.subscriptions, event, topic, record.timestamp) is not None
+
+    def route(self, event: Event, topic: str, written_ms: int = -1) -> Route:
+        """Whom an event on this topic is for; an empty route: nobody wants it, and that is in order.
+
+        Args:
+            event: as it was decoded.
+            topic: where it stands.
+            written_ms: when it was written, in milliseconds since 1970; -1: a subscription's start does not matter.
+        """
         agent = event.extensions.get("agent")
         if topic == names.EVENTS_TOPIC and agent:
             return self._addressed(event, event.extensions.get("tenant") or "default", agent)
-        route = _merge(self._subscribed(spec, event, topic) for spec in self._specs.values())
+        route = _merge(self._subscribed(spec, event, topic, written_ms) for spec in self._specs.values())
         if topic == names.EVENTS_TOPIC and route == Route():
             return Route(
                 rejected=Rejected(
@@ -387,15 +441,17 @@ class Routes:
             )
         return _to(tenant, agent, event, "subject")
 
-    def _subscribed(self, spec: AgentSpec, event: Event, topic: str) -> Route:
+    def _subscribed(self, spec: AgentSpec, event: Event, topic: str, written_ms: int) -> Route:
         if event.extensions.get("tenant") not in {None, spec.tenant}:
             return Route()
-        subscription = _first(spec.subscriptions, event, topic)
+        subscription = _first(spec.subscriptions, event, topic, written_ms)
         return _to(spec.tenant, spec.name, event, subscription.key) if subscription else Route()
 
 
-def _first(subscriptions: Iterable[Subscription], event: Event, topic: str) -> Subscription | None:
-    return next((s for s in subscriptions if s.topic == topic and s.wants(event.type)), None)
+def _first(
+    subscriptions: Iterable[Subscription], event: Event, topic: str, written_ms: int = -1
+) -> Subscription | None:
+    return next((s for s in subscriptions if s.topic == topic and s.wants(event.type, written_ms)), None)
 
 
 def _to(tenant: str, agent: str, event: Event, path: str) -> Route:
@@ -404,11 +460,17 @@ def _to(tenant: str, agent: str, event: Event, path: str) -> Route:
         message = f"{path!r} has to hold the key of agent {agent!r}, as text or an integer"
         return Route(rejected=Rejected(Reason.NO_KEY, message))
     address = Address(tenant, agent, key)
+    if error := _address_fault(address):
+        return Route(rejected=Rejected(Reason.BAD_ADDRESS, f"{path!r} is no key for agent {agent!r}: {error}"))
+    return Route((address,))
+
+
+def _address_fault(address: Address) -> str | None:
     try:
         names.workflow_id(address)
     except ValueError as error:
-        return Route(rejected=Rejected(Reason.BAD_ADDRESS, f"{path!r} is no key for agent {agent!r}: {error}"))
-    return Route((address,))
+        return str(error)
+    return None
 
 
 def _key(event: Event, path: str) -> str | None:

@@ -6,7 +6,8 @@
 It stands in where no model is configured, and serves tests and benchmarks: the client's whole path is real, only the
 mind is not. Rules are described in `workers/rehearsal_rules.py`, what can be asked for in a message (errors, latency,
 tool calls) in `workers/rehearsal_answers.py`. `GET /rehearsal/calls` says how often each call was asked for and
-answered, by its Idempotency-Key: an answer is counted when all of it is sent to a client that is still there.
+answered, and when it was last asked for, by its Idempotency-Key: an answer is counted when all of it is sent to a
+client that is still there.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import json
 import logging
 import random
 import socket
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -105,6 +107,8 @@ class Count:
     key: str
     asked: int = 0
     answered: int = 0
+    asked_at: float = 0.0
+    """When it was last asked for: seconds since 1970 (UTC)."""
 
 
 class Counts:
@@ -118,6 +122,7 @@ class Counts:
         """The call is asked for once more."""
         count = self._counts.setdefault(key, Count(key))
         count.asked += 1
+        count.asked_at = time.time()
         self._counts.move_to_end(key)
         if len(self._counts) > self._most:
             self._counts.popitem(last=False)
@@ -152,9 +157,7 @@ class Endpoint:
         return JSONResponse(models())
 
     async def _calls(self, _: Request) -> Response:
-        return JSONResponse(
-            [{"key": count.key, "asked": count.asked, "answered": count.answered} for count in self._counts]
-        )
+        return JSONResponse([asdict(count) for count in self._counts])
 
     async def _completions(self, request: Request) -> Response | _Reply:
         body = bytearray()

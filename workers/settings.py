@@ -116,6 +116,11 @@ class Settings(BaseSettings):
     consumer_group: Annotated[str, Field(min_length=1)] = Field(
         "perennial-ingest", description="Kafka consumer group of the ingest workers"
     )
+    kafka_instance_id: Annotated[str, Field(min_length=1, max_length=249)] | None = Field(
+        None,
+        description="static membership: a name of this ingest worker's own in its group; started again under it within "
+        "the session time it gets its partitions back, and the others notice nothing",
+    )
     kafka_session_seconds: Annotated[float, Field(ge=6, le=300)] = Field(
         10.0, description="after so long without a heartbeat an ingest worker counts as dead in its group, in seconds"
     )

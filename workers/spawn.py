@@ -17,6 +17,11 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
+def launcher() -> list[str]:
+    """What to put before a command, so that it ends with this process."""
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid())]
+
+
 def main() -> None:
     """Replace this process by the program."""
     parent, *command = sys.argv[1:]

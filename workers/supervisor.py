@@ -20,7 +20,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from typing import BinaryIO
 
 from typing_extensions import override
 
-_SPAWN = Path(__file__).with_name("spawn.py")
+from workers.spawn import launcher
 
 _FIRST_DELAY = 0.5
 _MOST_DELAY = 10.0
@@ -359,7 +358,7 @@ class _Keeper:
         """One life of the process, from its start to its exit status. Cancelled, it kills it."""
         with self._open_log() as log:
             self._process = process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", str(_SPAWN), str(os.getpid()), *self.component.argv),
+                *(*launcher(), *self.component.argv),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -1,7 +1,7 @@
 """What came of events, counted from the outside: from what was sent, the reply topic, the ledger and the dead letters.
 
     expected = expect(lines, routes)
-    tally = count(expected, answers=..., recorded=..., duplicates=..., dead_letters=..., totals=...)
+    tally = count(expected, answers=..., recorded=..., duplicates=..., dead_letters=..., totals=..., asked=...)
     assert tally.kept, tally
 
 Pure. Nothing here asks the workers how they think they did.
@@ -13,6 +13,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import NamedTuple
 
 from pydantic import BaseModel
@@ -49,10 +50,30 @@ class Expected:
     """Each event at each agent it is for, once, with the index of its first record."""
     repeated: int = 0
     """How often such a pair was there again."""
-    rejected: int = 0
-    """Records with something in them that nobody can take."""
+    rejects: list[int] = field(default_factory=list)
+    """The indexes of records with something in them that nobody can take."""
     skipped: int = 0
     """Records that are in order and that no agent wants."""
+
+    @property
+    def rejected(self) -> int:
+        """How many records have something in them that nobody can take."""
+        return len(self.rejects)
+
+    def add(self, index: int, topic: str, value: bytes, routes: Routes) -> None:
+        """What ought to come of one more record."""
+        decoded = records.decode(Record(topic, 0, 0, -1, None, value), max_bytes=Limits().event_bytes)
+        if isinstance(decoded, Rejected):
+            self.rejects.append(index)
+            return
+        route = routes.route(decoded.event, topic)
+        if route.rejected:
+            self.rejects.append(index)
+        self.skipped += not (route.rejected or route.addresses)
+        for address in route.addresses:
+            pair = Pair(names.workflow_id(address), decoded.event.digest)
+            self.repeated += pair in self.pairs
+            self.pairs.setdefault(pair, index)
 
 
 class Tally(BaseModel):
@@ -78,8 +99,8 @@ class Tally(BaseModel):
     model_calls: int
     calls_repeated: int
     """Model calls made again since a worker died, or a server did not answer, before there was a result to record."""
-    paid_twice: int
-    """Model calls made although their result was recorded."""
+    paid_twice: int | None
+    """Model calls that the provider was asked for although their result was recorded; None when it did not count."""
     median_seconds: float | None
     """From an event's record to its reply's."""
     p99_seconds: float | None
@@ -102,19 +123,8 @@ def expect(lines: Sequence[tuple[str, bytes]], routes: Routes) -> Expected:
         routes: the agents' subscriptions.
     """
     expected = Expected()
-    limit = Limits().event_bytes
     for index, (topic, value) in enumerate(lines):
-        decoded = records.decode(Record(topic, 0, 0, -1, None, value), max_bytes=limit)
-        if isinstance(decoded, Rejected):
-            expected.rejected += 1
-            continue
-        route = routes.route(decoded.event, topic)
-        expected.rejected += route.rejected is not None
-        expected.skipped += not (route.rejected or route.addresses)
-        for address in route.addresses:
-            pair = Pair(names.workflow_id(address), decoded.event.digest)
-            expected.repeated += pair in expected.pairs
-            expected.pairs.setdefault(pair, index)
+        expected.add(index, topic, value, routes)
     return expected
 
 
@@ -137,6 +147,7 @@ def count(  # noqa: PLR0913  # one argument for each place that is looked at
     duplicates: Collection[str],
     dead_letters: Collection[tuple[str, int, int]],
     totals: Totals,
+    asked: Mapping[str, float] | None,
 ) -> Tally:
     """Count what came of records.
 
@@ -148,10 +159,14 @@ def count(  # noqa: PLR0913  # one argument for each place that is looked at
         duplicates: ids of the lifecycle events that report a dropped duplicate.
         dead_letters: topic, partition and offset of the records that were dead-lettered.
         totals: of the ledger.
+        asked: when the provider was last asked for each call, by its key: seconds since 1970 (UTC). None: nobody knows.
     """
     replies = answered(answers)
     turns: dict[Pair, set[int]] = defaultdict(set)
+    paid_again = 0
     for entry in recorded:
+        last = (asked or {}).get(names.call_key(entry.workflow_id, entry.turn, entry.step), 0.0)
+        paid_again += last > datetime.fromisoformat(entry.recorded_at).timestamp()
         for reference in entry.answers:
             turns[Pair(entry.workflow_id, reference.digest)].add(entry.turn)
     seconds = [
@@ -170,7 +185,7 @@ def count(  # noqa: PLR0913  # one argument for each place that is looked at
         answered_twice=sum(len(ids) > 1 for ids in replies.values()) + sum(len(of) > 1 for of in turns.values()),
         model_calls=totals.calls_begun,
         calls_repeated=totals.calls_repeated,
-        paid_twice=totals.calls_paid_twice,
+        paid_twice=None if asked is None else paid_again,
         median_seconds=statistics.median(seconds) if seconds else None,
         p99_seconds=_percentile(seconds, 99),
         rehearsal=any(answer.reply.rehearsal for answer in answers),

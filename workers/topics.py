@@ -167,7 +167,7 @@ async def send(
     Raises:
         CommandError: there is no such topic, or Kafka is away or refuses an event.
     """
-    await _check_topic(settings, topic)
+    await check_topic(settings, topic)
     producer = AIOKafkaProducer(
         **kafka.reached_by(settings).producer(),
         max_request_size=LARGEST,
@@ -196,8 +196,12 @@ async def send(
         )
 
 
-async def _check_topic(settings: Settings, topic: str) -> None:
-    """Refuse a topic that does not exist: brokers create what is mentioned, so that a typing mistake goes unseen."""
+async def check_topic(settings: Settings, topic: str) -> None:
+    """Refuse a topic that does not exist: brokers create what is mentioned, so that a typing mistake goes unseen.
+
+    Raises:
+        CommandError: there is no such topic, or Kafka is away.
+    """
     known = await topics(settings)
     if topic not in known:
         listed = ", ".join(sorted(name for name in known if not name.startswith("_"))) or "none"

@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 from rich.text import Text
 
-from activities.entries import AssistantMessage, Entry, Message, ToolMessage, UserMessage
+from activities.entries import AssistantMessage, Entry, MemoryMessage, Message, ToolMessage, UserMessage
 from workers.console import one_line, visible
 from workflows import names
 from workflows.events import Event, EventReference
-from workflows.messages import Intervention, Reply, Status, ToolOutcome, TurnOutcome, TurnSummary, Usage
+from workflows.messages import Intervention, Reply, Rewound, Status, ToolOutcome, TurnOutcome, TurnSummary, Usage
 
 if TYPE_CHECKING:  # they import Temporal's client, which `perennial tail` can do without
+    from activities.memory import KeptFact
+    from activities.verify import Finding
     from workers.dlq import Letter
     from workers.doctor import Check
+    from workers.handover import Counts
+    from workers.history import Node, Plan, TreeReport, Verdict
     from workers.report import AgentReport
 
 REHEARSAL_MARK = "[rehearsal]"
@@ -31,6 +35,7 @@ _STATE_STYLES = {
     "idle": "green",
     "asleep": "dim",
     "paused": "yellow",
+    "held": "yellow",
     "stopped": "yellow",
     "stopping": "yellow",
     "failed": "bold red",
@@ -46,6 +51,8 @@ _KINDS = {
     names.AGENT_PAUSED_TYPE: ("paused", "magenta"),
     names.AGENT_RESUMED_TYPE: ("resumed", "magenta"),
     names.AGENT_STOPPED_TYPE: ("stopped", "magenta"),
+    names.AGENT_REWOUND_TYPE: ("rewound", "magenta"),
+    names.AGENT_FORKED_TYPE: ("forked", "magenta"),
 }
 _KIND_WIDTH = max(len(word) for word, _ in _KINDS.values())
 _ENTRY_DIGITS = 12
@@ -140,10 +147,22 @@ def _what(happened: Event) -> str:
     if happened.type == names.DUPLICATE_TYPE:
         reference = EventReference.model_validate(happened.data)
         return f"dropped {reference.type} {reference.id} of {reference.source}"
+    return _steering(happened) or str(happened.data)
+
+
+def _steering(happened: Event) -> str | None:
+    """What a person did to the agent, if that is what happened."""
+    if happened.type in {names.AGENT_REWOUND_TYPE, names.AGENT_FORKED_TYPE}:
+        made = Rewound.model_validate(happened.data)
+        return f"{_went(made)}, {_by(made.by, made.reason)}"
     if happened.type in {names.AGENT_PAUSED_TYPE, names.AGENT_RESUMED_TYPE, names.AGENT_STOPPED_TYPE}:
         intervention = Intervention.model_validate(happened.data)
-        return f"by {intervention.by or 'somebody'}" + (f": {intervention.reason}" if intervention.reason else "")
-    return str(happened.data)
+        return _by(intervention.by, intervention.reason)
+    return None
+
+
+def _by(who: str, why: str) -> str:
+    return f"by {who or 'somebody'}" + (f": {why}" if why else "")
 
 
 def _with_mark(text: Text) -> Text:
@@ -175,6 +194,9 @@ def _message(message: Message, *, rehearsal: bool) -> Iterator[Text]:
     match message:
         case UserMessage():
             yield _indented("event", message.text, "cyan")
+        case MemoryMessage():
+            for fact in message.facts:
+                yield _indented("recalls", f"{fact.text} ({fact.scope}, {fact.id})", "magenta")
         case ToolMessage():
             fine = message.outcome is ToolOutcome.OK
             how = "" if fine else f"({message.outcome.value}) "
@@ -190,6 +212,25 @@ def _indented(label: str, text: str, style: str) -> Text:
     """A labelled paragraph; its further lines stand below the first."""
     lines = visible(text.strip()).split("\n")
     return Text.assemble("  ", (visible(label), style), ": ", "\n    ".join(lines))
+
+
+# Memory -----------------------------------------------------------------------------------------------------------
+
+
+def kept_fact(found: KeptFact) -> tuple[str, str, str, str, str]:
+    """A row of `perennial memory`."""
+    fact, gone = found.fact, found.forgotten
+    entry = f", entry {fact.entry[:_ENTRY_DIGITS]}" if fact.entry else ""
+    notes = ["pinned"] if fact.pinned else []
+    if gone:
+        notes.append(f"forgotten {moment(datetime.fromisoformat(gone.at))} by {gone.by}: {gone.why}")
+    return (
+        fact.id,
+        fact.scope.value,
+        moment(datetime.fromisoformat(fact.kept_at)),
+        f"{fact.workflow_id.partition('/')[2]}, turn {fact.turn}{entry}",
+        one_line(f"{fact.text} ({'; '.join(notes)})" if notes else fact.text),
+    )
 
 
 # One agent --------------------------------------------------------------------------------------------------------
@@ -221,6 +262,8 @@ def _facts(told: AgentReport) -> Iterator[tuple[str, str]]:
         yield "now", status.doing if told.awake else told.state + (f" since {moment(told.since)}" if told.since else "")
         yield "waiting", count(status.waiting, "event")
         events = f"{count(status.accepted, 'event')} accepted, {count(status.duplicates, 'duplicate')} dropped"
+        if status.forgotten:
+            events += f", {status.forgotten} older than it remembers"
         yield "so far", f"{count(status.turn, 'turn')} ({status.failed_turns} failed), {events}"
         calls = f"{count(status.model_calls, 'model call')}, {count(status.tool_calls, 'tool call')}"
         yield "spent", f"{usage(status.usage)}, {calls}"
@@ -240,6 +283,129 @@ def steered(who: str, update: str, status: Status) -> Text:
         names.STOP: "goes to sleep; its next event or question wakes it",
     }[update]
     return Text.assemble((visible(who), "bold"), f" {visible(what)}")
+
+
+# An agent's past --------------------------------------------------------------------------------------------------
+
+_HEARD_CHARACTERS = 50
+_SAID_CHARACTERS = 90
+
+
+def plan(found: Plan) -> Iterator[Text]:
+    """What a rewind would do: what it leaves, and which tool calls were made there."""
+    place = f"entry {found.entry[:_ENTRY_DIGITS]} (turn {found.turn}, step {found.step})"
+    left = f"{count(found.steps, 'step')} left on a branch"
+    yield Text.assemble((visible(found.agent), "bold"), f" goes back to {place}: {left}")
+    if not found.calls_total:
+        return
+    yield Text("Tool calls were made there; a rewind does not undo them:", "yellow")
+    for call in found.calls:
+        can = {True: "repeatable", False: "not repeatable", None: "no such tool"}[call.repeatable]
+        what = one_line(visible(f"{call.name} {call.arguments}"))
+        yield Text.assemble(
+            (f"  turn {call.turn}, step {call.step}  ", "dim"),
+            (what, "blue"),
+            f"  {call.outcome.value}, ",
+            (can, "" if call.repeatable else "yellow"),
+        )
+    if found.calls_total > len(found.calls):
+        yield Text(f"  and {found.calls_total - len(found.calls)} more", "dim")
+
+
+def rewound(who: str, made: Rewound) -> Text:
+    """What a rewind or a fork came to."""
+    return Text.assemble((visible(who), "bold"), f" {_went(made)}")
+
+
+def _went(made: Rewound) -> str:
+    place = f"entry {made.head[:_ENTRY_DIGITS]} (turn {made.head_turn}, step {made.head_step})"
+    if made.old_head is None:
+        return f"begins behind {place}"
+    calls = f", with {count(made.calls_total, 'tool call')} that a rewind does not undo" if made.calls_total else ""
+    left = f"{count(made.steps, 'step')} left at entry {made.old_head[:_ENTRY_DIGITS]}"
+    return f"goes on behind {place}; {left}{calls}"
+
+
+def tree(told: TreeReport) -> Iterator[Text]:
+    """`perennial show --tree`: entries below each other, branches that were left beside them, the head marked."""
+    origin = f", forked from {told.forked_from}" if told.forked_from else ""
+    number = "1 entry" if told.entries == 1 else f"{told.entries} entries"
+    yield Text.assemble((visible(told.agent), "bold"), f"  {number}{visible(origin)}")
+    below: dict[str | None, list[Node]] = {}
+    shown = {node.entry for node in told.nodes}
+    for node in told.nodes:
+        below.setdefault(node.parent if node.parent in shown else None, []).append(node)
+    waiting = [(node, "", "") for node in reversed(below.get(None, []))]
+    while waiting:
+        node, first, rest = waiting.pop()
+        if node.parent and node.parent not in shown:
+            yield Text(f"{first}⋮ earlier entries are not shown", "dim")
+        yield Text.assemble((first, "dim"), _node(node, told.agent))
+        for note in _notes(node):
+            yield Text.assemble((rest, "dim"), ("    ", ""), note)
+        children = below.get(node.entry, [])
+        main = next((child for child in children if child.live), children[-1] if children else None)
+        if main:
+            waiting.append((main, rest, rest))
+        sides = [child for child in children if child is not main]
+        waiting.extend((child, f"{rest}├─ ", f"{rest}│  ") for child in reversed(sides))
+
+
+def _node(node: Node, agent: str) -> Text:
+    heard = _cut(" + ".join(node.heard), _HEARD_CHARACTERS)
+    said = node.error or marked(node.said, rehearsal=node.rehearsal) if node.error or node.said else ""
+    answer = _cut(said or (f"calls {', '.join(node.calls)}" if node.calls else ""), _SAID_CHARACTERS)
+    line = Text.assemble(
+        ("● " if node.live else "○ ", "green" if node.live else "dim"),
+        (f"turn {node.turn}, step {node.step} · {node.entry[:_ENTRY_DIGITS]}", "bold" if node.live else ""),
+        f" · {visible(node.agent)}" if node.agent != agent else "",
+        (f" · {heard}" if heard else "", "cyan"),
+        (f" → {answer}", "red" if node.error else "green"),
+    )
+    return line + Text("  ← head", "bold magenta") if node.head else line
+
+
+def _notes(node: Node) -> Iterator[Text]:
+    for agent in node.forks:
+        yield Text(f"fork: {visible(agent)} begins here", "magenta")
+    for made in node.left:
+        at = moment(datetime.fromisoformat(made.recorded_at))
+        yield Text(f"left {at} {visible(_by(made.by, made.reason))}", "yellow")
+
+
+def _cut(text: str, characters: int) -> str:
+    line = one_line(visible(text))
+    return line if len(line) <= characters else f"{line[: characters - 1]}…"
+
+
+def finding(found: Finding) -> Text:
+    """Something that is not what was recorded."""
+    of = f" of {found.agent}" if found.agent else ""
+    return Text.assemble((f"{found.kind} {visible(found.id)}", "bold red"), visible(f"{of}: {found.wrong}"))
+
+
+def verdict(told: Verdict) -> str:
+    """What `perennial verify` has looked at."""
+    looked = ", ".join(f"{number} {table}" for table, number in told.read.items())
+    return f"looked at {looked}: " + (
+        "all as it was recorded" if not told.wrong else count(told.wrong, "fault") + " found"
+    )
+
+
+# Topics -----------------------------------------------------------------------------------------------------------
+
+
+def replayed(counts: Counts) -> Iterator[Text]:
+    """What `perennial ingest replay` has done."""
+    lines = [
+        ("records read", counts.read),
+        ("handed over", counts.accepted),
+        ("taken before", counts.known),
+        ("for nobody", counts.skipped),
+        ("not understood", counts.rejected),
+    ]
+    for label, number in lines:
+        yield Text.assemble(("  " + label.ljust(16), "dim"), f"{number:>7}")
 
 
 # Dead letters -----------------------------------------------------------------------------------------------------
@@ -275,6 +441,8 @@ def dead_letter_whole(found: Letter) -> Iterator[Text]:
     if done := found.resolution:
         why = f": {done.why}" if done.why else ""
         facts.append(("done", f"{done.state.value} by {done.by or 'somebody'} {moment(done.at)}{why}"))
+    if dead.held:
+        facts.append(("held", f"{', '.join(dead.held)}: later mail waits until this is redriven or dropped"))
     facts.append(("key", _readable(origin.key)))
     facts += [("header", f"{name}: {_readable(value)}") for name, value in origin.headers]
     for label, value in facts:

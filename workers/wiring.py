@@ -10,11 +10,10 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TypedDict
 
@@ -25,7 +24,13 @@ from prometheus_client.registry import Collector
 from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
 from temporalio.client import Client
-from temporalio.common import SearchAttributeKey, SearchAttributePair, TypedSearchAttributes
+from temporalio.common import (
+    SearchAttributeKey,
+    SearchAttributePair,
+    TypedSearchAttributes,
+    WorkflowIDConflictPolicy,
+    WorkflowIDReusePolicy,
+)
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.runtime import PrometheusConfig, Runtime, TelemetryConfig
 from temporalio.service import RPCError, RPCStatusCode
@@ -33,14 +38,18 @@ from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxR
 from typing_extensions import override
 
 from workers import exits
+from workers.ports import HOST, free_port
 from workers.settings import Settings
 from workflows import names
+from workflows.events import Delivery, Event
+from workflows.state import AgentInput
 
 log = logging.getLogger("perennial")
 
 SEARCH_ATTRIBUTES = (names.TENANT_ATTRIBUTE, names.AGENT_ATTRIBUTE, names.STATE_ATTRIBUTE)
 """Keyword search attributes an agent's workflow carries."""
 
+RPC_TIMEOUT = timedelta(seconds=10)
 _CONNECT_RETRY = timedelta(seconds=1)
 
 
@@ -71,6 +80,31 @@ def start_options(address: names.Address, task_queue: str) -> StartOptions:
             ]
         ),
     )
+
+
+async def deliver(client: Client, task_queue: str, address: names.Address, events: Sequence[Event]) -> None:
+    """Put events into an agent's mailbox, waking or starting it: one signal-with-start, durable when it returns.
+
+    Raises:
+        RPCError: Temporal has not taken them, or its answer was lost.
+    """
+    try:
+        await client.start_workflow(
+            names.WORKFLOW_TYPE,
+            AgentInput(),
+            **start_options(address, task_queue),
+            id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+            id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+            start_signal=names.DELIVER,
+            start_signal_args=[Delivery(events=list(events))],
+            rpc_timeout=RPC_TIMEOUT,
+        )
+    except RPCError as error:
+        # The SDK's error and the request it is about keep each other alive, and the garbage collector, which goes by
+        # the number of objects, may leave hundreds of megabytes of them in an outage.
+        if error.__context__ is not None:
+            error.__context__.__traceback__ = None
+        raise
 
 
 async def connect(settings: Settings, *, runtime: Runtime | None = None) -> Client:
@@ -157,7 +191,7 @@ def start_metrics(settings: Settings) -> Runtime:
         SystemExit: the address is taken or is none.
     """
     host, _, port = settings.metrics_address.rpartition(":")
-    internal = f"127.0.0.1:{free_port()}"
+    internal = f"{HOST}:{free_port()}"
     runtime = Runtime(
         telemetry=TelemetryConfig(
             metrics=PrometheusConfig(
@@ -174,14 +208,6 @@ def start_metrics(settings: Settings) -> Runtime:
         ) from error
     log.info("metrics at http://%s:%s/metrics", host or "127.0.0.1", server.server_port)
     return runtime
-
-
-def free_port() -> int:
-    """A TCP port that is free on 127.0.0.1 now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 async def sleep_unless(stop: asyncio.Event, seconds: float) -> None:

@@ -18,6 +18,8 @@ from temporalio.exceptions import ActivityError, ApplicationError
 NOT_RUN = "NotRun"
 """Type of the error of a tool call that certainly had no effect: it did not begin."""
 
+_METHOD_NOT_FOUND = -32601  # of JSON-RPC
+_INVALID_PARAMS = -32602
 _TOO_MANY_REQUESTS = 429
 _SERVER_ERRORS = 500
 _TRANSIENT_CLIENT_ERRORS = frozenset({408, 409, 425})
@@ -43,6 +45,15 @@ def remedy_for_status(status: int) -> Remedy:
     if status in _TRANSIENT_CLIENT_ERRORS:
         return Remedy.RETRY_LATER
     return Remedy.FINAL
+
+
+def remedy_for_jsonrpc(code: int) -> Remedy:
+    """The remedy for a JSON-RPC error of an MCP server.
+
+    An unknown tool and wrong arguments are refused before anything was done, and would be again: the model is told.
+    Every other error may pass; whether the call took effect is not known.
+    """
+    return Remedy.FINAL if code in {_METHOD_NOT_FOUND, _INVALID_PARAMS} else Remedy.RETRY_LATER
 
 
 def activity_error(remedy: Remedy, message: str, *, retry_after: timedelta | None = None) -> ApplicationError:

@@ -19,6 +19,8 @@ from workflows.messages import (
     PublishRequest,
     Reply,
     ReplyRequest,
+    RewindRecord,
+    Rewound,
     SpecRequest,
     ThinkRequest,
     ToolRequest,
@@ -60,6 +62,11 @@ PUBLISH = CallOptions(
 )
 LEDGER = CallOptions(
     start_to_close_timeout=timedelta(seconds=30),
+    retry_policy=RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30)),
+)
+REWIND = CallOptions(
+    start_to_close_timeout=timedelta(minutes=30),  # all that is left behind is read, and that may be years
+    heartbeat_timeout=HEARTBEAT,
     retry_policy=RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30)),
 )
 LEDGER_LOCAL = LocalCallOptions(
@@ -116,6 +123,14 @@ class LedgerActivities(ABC):
     @abstractmethod
     async def find_reply(self, request: ReplyRequest) -> Reply | None:
         """The reply of a turn that has ended, rebuilt from its entries."""
+
+    @activity.defn(name="record_rewind")
+    @abstractmethod
+    async def record_rewind(self, record: RewindRecord) -> Rewound:
+        """Record a rewind or fork, with what it leaves behind; from then on the agent goes on behind that entry.
+
+        Idempotent on the request's id, until the agent has taken another turn without having taken it in.
+        """
 
 
 class SpecActivities(ABC):

@@ -3,19 +3,57 @@
 `accept` drops what was seen before (DESIGN.md, P1), `take` hands out a turn's worth in the order of arrival (P2). The
 mailbox is part of the state that goes through continue-as-new and into the snapshot, so what it has seen it has seen
 for ever, up to its horizon.
+
+A hold in the mailbox (see `events.hold`) lets nothing behind it pass, save a person's question.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Container, Iterable
+from itertools import groupby
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer
 
 from workflows import names
-from workflows.events import Event
+from workflows.events import DIGEST_CHARACTERS, Event
 
 _TURN_BYTES = 512 * 1024
-_SEEN_BYTES = 41  # a digest and its turn, as JSON
+_LIFTED = -1
+_SEEN_BYTES = 19  # a digest and its turn, as they are written: at most, if turns come one after the other
+
+
+def _written(seen: dict[str, int]) -> str:
+    """Digests by turn, `TURN:DIGEST,DIGEST TURN:DIGEST`, each turn as its distance from the one before.
+
+    Thousands of them travel in every snapshot and every continue-as-new: as JSON they would be twice as long (P7).
+    """
+    groups, last = [], 0
+    for turn, members in groupby(seen, key=seen.__getitem__):
+        digests = (urlsafe_b64encode(bytes.fromhex(digest)).decode().rstrip("=") for digest in members)
+        groups.append(f"{turn - last}:{','.join(digests)}")
+        last = turn
+    return " ".join(groups)
+
+
+def _read(written: Any) -> Any:
+    """The reverse of `_written`; what an older release wrote was a JSON object, with longer digests."""
+    if isinstance(written, dict):
+        return {digest[:DIGEST_CHARACTERS]: turn for digest, turn in written.items()}
+    if not isinstance(written, str):
+        return written
+    seen, turn = {}, 0
+    for group in written.split():
+        distance, digests = group.split(":")
+        turn += int(distance)
+        for digest in digests.split(","):
+            seen[urlsafe_b64decode(digest + "=" * (-len(digest) % 4)).hex()] = turn
+    return seen
+
+
+Seen = Annotated[dict[str, int], BeforeValidator(_read), PlainSerializer(_written)]
+"""Digest of each event to the turn that took it, oldest first."""
 
 
 def size(event: Event) -> int:
@@ -27,29 +65,37 @@ class Mailbox(BaseModel):
     """Events of one agent that wait, and the digests of those it has accepted."""
 
     waiting: list[Event] = Field(default_factory=list)
-    seen: dict[str, int] = Field(default_factory=dict)
-    """Digest of each accepted event, oldest first, to the turn that took it; 0 while it waits."""
+    seen: Seen = Field(default_factory=dict)
+    """Digest of each accepted event, oldest first, to the turn that took it; 0 while it waits, -1 for a lifted hold."""
     waiting_bytes: int = 0
     """Of the events that wait, as they travel in Temporal."""
     accepted: int = 0
     duplicates: int = 0
+    forgotten: int = 0
+    """Events that would not be recognised any more: as many as were taken beyond the horizon."""
 
     def accept(self, events: Iterable[Event], *, horizon: int) -> list[Event]:
         """Put new events at the end and return those that were duplicates.
 
         Args:
             events: in the order of their partition.
-            horizon: how many ids are remembered; events still waiting are never forgotten.
+            horizon: how many ids of taken events are remembered; events still waiting are never forgotten.
         """
         duplicates = []
         for event in events:
+            if event.type == names.RELEASE_TYPE:
+                self._lift(event.digest)
+                continue
+            place = self._lift(event.fills[:DIGEST_CHARACTERS]) if event.fills else None
+            is_hold = event.type == names.HOLD_TYPE
             if event.digest in self.seen:
-                duplicates.append(event)
+                if not is_hold:
+                    duplicates.append(event)
                 continue
             self.seen[event.digest] = 0
-            self.waiting.append(event)
+            self.waiting.insert(len(self.waiting) if place is None else place, event)
             self.waiting_bytes += size(event)
-            self.accepted += 1
+            self.accepted += not is_hold
         self.duplicates += len(duplicates)
         self._forget(horizon)
         return duplicates
@@ -57,23 +103,28 @@ class Mailbox(BaseModel):
     def take(self, turn: int, limit: int) -> list[Event]:
         """Take the next events for a turn: a question alone, since a person waits for it.
 
-        Of others at most `limit`, and no more bytes than travel well: Temporal refuses what has 2 MB.
+        Of others at most `limit`, and no more bytes than travel well: Temporal refuses what has 2 MB. Behind a hold
+        only questions are taken.
         """
-        count = taken_bytes = 0
-        for event in self.waiting[:limit]:
-            is_question = event.type == names.ASK_TYPE
-            event_bytes = size(event)
-            if count and (is_question or taken_bytes + event_bytes > _TURN_BYTES):
-                break
-            count += 1
-            taken_bytes += event_bytes
-            if is_question:
-                break
-        taken, self.waiting = self.waiting[:count], self.waiting[count:]
-        self.waiting_bytes -= taken_bytes
+        start, end = self._next(limit)
+        taken = self.waiting[start:end]
+        del self.waiting[start:end]
         for event in taken:
+            self.waiting_bytes -= size(event)
             self.seen[event.digest] = turn
         return taken
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to take."""
+        start, end = self._next(1)
+        return start < end
+
+    @property
+    def held(self) -> Event | None:
+        """The hold that everything waits behind, if there is one."""
+        first = self.waiting[0] if self.waiting else None
+        return first if first and first.type == names.HOLD_TYPE else None
 
     @property
     def carried_bytes(self) -> int:
@@ -84,7 +135,40 @@ class Mailbox(BaseModel):
         """The turn that took an event, 0 while it waits, None when it was never seen or is forgotten."""
         return self.seen.get(digest)
 
+    def drop(self, digests: Container[str]) -> None:
+        """Let these no longer wait."""
+        self.waiting = [event for event in self.waiting if event.digest not in digests]
+        self.waiting_bytes = sum(map(size, self.waiting))
+
+    def _next(self, limit: int) -> tuple[int, int]:
+        """From where to where the events of the next turn are waiting."""
+        if self.held:
+            asked = next((place for place, event in enumerate(self.waiting) if event.type == names.ASK_TYPE), None)
+            return (0, 0) if asked is None else (asked, asked + 1)
+        count = total = 0
+        for event in self.waiting[:limit]:
+            is_question = event.type == names.ASK_TYPE
+            total += size(event)
+            if event.type == names.HOLD_TYPE or (count and (is_question or total > _TURN_BYTES)):
+                break
+            count += 1
+            if is_question:
+                break
+        return 0, count
+
+    def _lift(self, digest: str) -> int | None:
+        """Remove a hold; where it was, None if it is not there. One that is still on its way will hold nothing."""
+        self.seen[digest] = _LIFTED
+        for place, event in enumerate(self.waiting):
+            if event.type == names.HOLD_TYPE and event.digest == digest:
+                del self.waiting[place]
+                self.waiting_bytes -= size(event)
+                return place
+        return None
+
     def _forget(self, horizon: int) -> None:
-        surplus = len(self.seen) - horizon
-        for digest in [digest for digest, turn in list(self.seen.items())[: max(surplus, 0)] if turn]:
-            del self.seen[digest]
+        surplus = len(self.seen) - len(self.waiting) - horizon
+        if surplus > 0:
+            for digest in [digest for digest, turn in self.seen.items() if turn][:surplus]:
+                del self.seen[digest]
+                self.forgotten += 1

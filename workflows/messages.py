@@ -100,6 +100,8 @@ class ToolRequest(_Message):
     call: ToolCall
     spec_digest: str
     idempotency_key: str
+    result_bytes: int = 32 * 1024
+    """How long the result may be; the rest of a longer one is kept in the ledger, for the agent to read."""
 
 
 class ReplyRequest(_Message):
@@ -181,6 +183,75 @@ class Intervention(_Message):
     reason: str = ""
 
 
+class RewindRequest(_Message):
+    """Which entry an agent is to go on behind: the argument of the `rewind` and the `fork` update."""
+
+    entry: str = Field(min_length=1)
+    """A ledger entry's id, in full."""
+    id: str = ""
+    """Names the request: made again with the same id, it has no further effect. Empty: a new one."""
+    by: str = ""
+    reason: str = ""
+    over: str | None = None
+    """The head that is to be left; if the agent has gone on by then, it refuses. None: whichever it is."""
+
+
+class RewindRecord(_Message):
+    """A rewind to be recorded, before it takes effect."""
+
+    workflow_id: str
+    turn: int
+    """The newest turn, which has ended."""
+    head: str | None
+    """The entry that is left."""
+    known: int = 0
+    """The number of the newest rewind that the agent has taken in."""
+    fork: bool = False
+    lived: bool = True
+    """Whether the agent has heard or said anything yet; if so, it can be no fork."""
+    request: RewindRequest
+
+
+class MadeCall(_Message):
+    """A tool call that was made on a branch that is left: rewinding does not undo it."""
+
+    turn: int
+    step: int
+    name: str
+    arguments: str
+    """JSON text, shortened if it is long."""
+    outcome: ToolOutcome
+    """Unknown also when no result is recorded."""
+    repeatable: bool | None = None
+    """As the spec of then says; None when that had no such tool."""
+
+
+class Rewound(_Message):
+    """A rewind or fork that was made: what the updates return, and the data of the lifecycle events."""
+
+    id: str
+    workflow_id: str
+    turn: int
+    """The newest turn at that time; turns are numbered on from there."""
+    head: str
+    """The entry that the agent goes on behind."""
+    head_turn: int
+    head_step: int
+    old_head: str | None = None
+    """The entry that was left; None of a fork, which begins here."""
+    by: str = ""
+    reason: str = ""
+    steps: int = 0
+    """Entries that are left on their branch."""
+    calls: list[MadeCall] = Field(default_factory=list)
+    """Tool calls made on it, the first of them."""
+    calls_total: int = 0
+    recorded_at: str = ""
+    """UTC, ISO 8601."""
+    number: int = 0
+    """Grows with every rewind in the ledger."""
+
+
 class RecentItem(_Message):
     """A line of an agent's recent life, for the Web UI and `status`."""
 
@@ -195,13 +266,17 @@ class Status(_Message):
     doing: str
     """What the agent does now, in words."""
     state: str
-    """idle, working, paused or stopping."""
+    """idle, working, paused, held or stopping."""
     turn: int
     head: str | None
     waiting: int
     """Events accepted and not yet taken into a turn."""
     accepted: int
     duplicates: int
+    forgotten: int = 0
+    """Events beyond the de-duplication horizon (`mailbox.remember_ids`): sent again, they would be taken again."""
+    held_by: str | None = None
+    """The place (topic/partition/offset) of the dead letter that mail waits behind."""
     replies: int
     failed_turns: int
     model_calls: int

@@ -17,10 +17,17 @@ ASK = "ask"
 PAUSE = "pause"
 RESUME = "resume"
 STOP = "stop"
+REWIND = "rewind"
+FORK = "fork"
 STATUS = "status"
 
+# Types of the errors with which updates are refused.
 MOVING = "Moving"
-"""Type of the error with which an `ask` is refused that is to be made again at once."""
+"""Of an update that is to be made again at once."""
+REFUSED = "Refused"
+"""Of a rewind or fork that can't be: there is no such entry, or the agent has lived already."""
+GONE_ON = "GoneOn"
+"""Of a rewind of an agent whose head is no more the one that was to be left."""
 
 # Topics (DESIGN.md, "Contracts that outlive a release").
 EVENTS_TOPIC = "agents.events"
@@ -36,7 +43,20 @@ DUPLICATE_TYPE = "perennial.event.duplicate.v1"
 AGENT_PAUSED_TYPE = "perennial.agent.paused.v1"
 AGENT_RESUMED_TYPE = "perennial.agent.resumed.v1"
 AGENT_STOPPED_TYPE = "perennial.agent.stopped.v1"
+AGENT_REWOUND_TYPE = "perennial.agent.rewound.v1"
+AGENT_FORKED_TYPE = "perennial.agent.forked.v1"
 ASK_TYPE = "perennial.ask.v1"
+
+# Types and source of the events by which ingest and `perennial dlq` keep an agent's order (see `events.hold`).
+HOLD_TYPE = "perennial.hold.v1"
+RELEASE_TYPE = "perennial.release.v1"
+HOLD_SOURCE = "perennial/dead-letters"
+
+# What an MCP server finds a call's idempotency key under, in the request's `_meta`.
+IDEMPOTENCY_META = "perennial/idempotencyKey"
+
+READ_RESULT = "read_result"
+"""The tool by which an agent reads on in a result that was too long to be shown whole; transcripts name it."""
 
 # Search attributes, so that the Web UI can filter agents.
 TENANT_ATTRIBUTE = "PerennialTenant"
@@ -99,6 +119,15 @@ def call_key(agent: str, turn: int, step: int, call: int | None = None) -> str:
     """
     key = f"{agent}/{turn}/{step}"
     return key if call is None else f"{key}/{call}"
+
+
+def memory_place(address: Address, scope: str) -> str:
+    """Where the facts of a scope (`key`, `agent` or `tenant`) are kept: the workflow id, cut off behind that part.
+
+    Two agents share a place exactly if they share the tenant, and for `agent` the name, and for `key` the key.
+    """
+    parts = {"tenant": 2, "agent": 3, "key": 4}[scope]
+    return "/".join(workflow_id(address).split("/")[:parts])
 
 
 def model_queue(task_queue: str) -> str:

@@ -5,6 +5,15 @@
     instructions: You answer the customers of an online store ...
     tools:
       - python: activities.demo_store:look_up_order
+      - mcp: clock # an MCP server: a command of this machine, which is spoken to over stdio
+        command: [mcp-server-time, --local-timezone, Europe/Lisbon]
+      - mcp: crm # or one that is reached over streamable HTTP
+        url: https://crm.internal/mcp
+        headers: {Authorization: "Bearer ${CRM_TOKEN}"} # the variable's value stays out of the file
+        only: [find_*, add_note]
+        prefix: crm_
+    memory:
+      read: [key, tenant]
     subscriptions:
       - topic: store.events
         types: ["store.customer.*"]
@@ -15,11 +24,23 @@ ignored; what the workflow carries is `ResolvedSpec`, whose unknown fields are i
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
+from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import Annotated
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 """Lower-case letters, digits, dot, dash and underscore; 63 characters at most."""
@@ -32,6 +53,15 @@ KeyPath = Annotated[str, StringConstraints(pattern=r"^(subject|data(\.[^.\s]+)+)
 
 PythonPath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 """A Python function, `module:function`; the module may also be a file beside the spec."""
+
+
+VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$")]
+"""An environment variable of the agent workers."""
+
+HeaderTemplate = Annotated[str, StringConstraints(pattern=r"\$\{[A-Za-z_]\w*\}")]
+"""An HTTP header's value, such as `Bearer ${CRM_TOKEN}`: it names the environment variables that it is made with."""
+
+Prefix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{0,32}$")]
 
 
 class _Strict(BaseModel):
@@ -59,6 +89,77 @@ class ToolSpec(_Strict):
     """How often a repeatable call is tried before its error is shown to the model."""
 
 
+class McpServer(_Carried):
+    """How an MCP server is reached: by a command or by a URL. It holds names of variables, never a secret."""
+
+    command: list[str] = Field(default_factory=list)
+    """The program to start and its arguments; it is spoken to over stdio. It is looked for beside Perennial's own
+    Python first, then as a shell would; it runs in the folder of the specs, and each agent worker has one of its own,
+    from its first use until the worker ends."""
+    env: list[VariableName] = Field(default_factory=list)
+    """Environment variables that the command is given, beside PATH, HOME and the like."""
+    url: str = ""
+    """The endpoint of a server that is spoken to over streamable HTTP."""
+    headers: dict[str, HeaderTemplate] = Field(default_factory=dict)
+    """Headers of each request, with environment variables in them, as in `Bearer ${CRM_TOKEN}`."""
+
+
+class McpSpec(McpServer, _Strict):
+    """The tools of an MCP server.
+
+    They are listed once for each version of the YAML file, when an agent first needs it, and recorded in the ledger:
+    agents go on with what was recorded while the server is away or changes. To have them listed anew, change the file.
+    """
+
+    mcp: Name
+    """What the server is called here, in messages and in the ledger."""
+    only: list[str] = Field(default=["*"], min_length=1)
+    """Which of its tools are offered, by the server's names; `*` stands for any text."""
+    prefix: Prefix = ""
+    """Put before the names of its tools: two tools of one agent can't have one name."""
+    timeout_seconds: float = Field(60, gt=0, le=86_400)
+    """How long one attempt of a call may take."""
+    repeatable: bool | None = None
+    """Whether a call whose outcome is unknown may be made again; None: where the server says so of the tool
+    (`readOnlyHint` or `idempotentHint`), and else not. The idempotency key is in the request's `_meta`, under
+    `perennial/idempotencyKey`; only a server that knows it makes use of it."""
+    attempts: int = Field(5, ge=1, le=100)
+    """How often a repeatable call is tried before its error is shown to the model."""
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> Self:
+        if bool(self.command) == bool(self.url):
+            raise ValueError("an MCP server has either a command or a url")
+        if self.command and self.headers:
+            raise ValueError("headers go with a url; a command is given environment variables by env")
+        if self.url and self.env:
+            raise ValueError("env goes with a command; a url is given environment variables by headers")
+        parts = urlsplit(self.url)
+        if self.url and (parts.scheme not in {"http", "https"} or not parts.hostname):
+            raise ValueError("the url is not http://host/path or https://host/path")
+        if parts.username or parts.password:
+            raise ValueError("the url holds a password, which does not belong in a file; use headers")
+        return self
+
+    def wants(self, tool: str) -> bool:
+        """Whether the server's tool of this name is offered."""
+        return any(fnmatchcase(tool, pattern) for pattern in self.only)
+
+    @property
+    def server(self) -> McpServer:
+        """How the server is reached."""
+        return McpServer(command=self.command, env=self.env, url=self.url, headers=self.headers)
+
+
+def _kind(written: Any) -> str:
+    is_mcp = isinstance(written, McpSpec) or (isinstance(written, dict) and "mcp" in written)
+    return "<mcp>" if is_mcp else "<python>"
+
+
+AnyToolSpec = Annotated[Annotated[ToolSpec, Tag("<python>")] | Annotated[McpSpec, Tag("<mcp>")], Discriminator(_kind)]
+"""A Python function or an MCP server, told apart by the field that names it. (`documents` leaves the tags out.)"""
+
+
 class Subscription(_Strict):
     """Which events of a topic wake the agent, and where they carry its key."""
 
@@ -66,9 +167,15 @@ class Subscription(_Strict):
     types: list[str] = Field(default=["*"], min_length=1)
     """CloudEvents types; `*` stands for any text, as in `store.customer.*`."""
     key: KeyPath = "subject"
+    start: Literal["earliest"] | AwareDatetime = "earliest"
+    """Events that were written before this time are not for the agent; `earliest`: all are. A topic that was never read
+    before is read from where its first subscription starts. One that is read already is not read again for an agent
+    that comes later: `perennial ingest replay` brings it what was before."""
 
-    def wants(self, event_type: str) -> bool:
-        """Whether events of this type wake the agent."""
+    def wants(self, event_type: str, written_ms: int = -1) -> bool:
+        """Whether events of this type, written then (milliseconds since 1970; -1: not known), wake the agent."""
+        if isinstance(self.start, datetime) and 0 <= written_ms < self.start.timestamp() * 1000:
+            return False
         return any(fnmatchcase(event_type, pattern) for pattern in self.types)
 
 
@@ -85,7 +192,7 @@ class MailboxSpec(_Carried):
     events_per_turn: int = Field(10, ge=1, le=100)
     """How many waiting events one turn takes, at most."""
     remember_ids: int = Field(2000, ge=10, le=20_000)
-    """How many event ids the agent remembers to recognise duplicates: the de-duplication horizon."""
+    """How many ids of events it has taken the agent remembers to recognise duplicates: the de-duplication horizon."""
 
 
 class ContextSpec(_Carried):
@@ -93,6 +200,32 @@ class ContextSpec(_Carried):
 
     tokens: int = Field(32_000, ge=1000)
     """Newest entries are shown as long as they fit into about this many tokens."""
+
+
+class Scope(StrEnum):
+    """Whose a fact is that an agent has kept: who may be reminded of it."""
+
+    KEY = "key"
+    """This agent with this key alone, such as one customer's."""
+    AGENT = "agent"
+    """This agent, whatever its key."""
+    TENANT = "tenant"
+    """Every agent of the tenant."""
+
+
+class MemorySpec(_Carried):
+    """What the agent may keep and be reminded of. An agent whose spec has no `memory` has none."""
+
+    read: list[Scope] = [Scope.KEY]
+    """The scopes whose facts it is reminded of, and may look through with the tool `recall`."""
+    write: list[Scope] = [Scope.KEY]
+    """The scopes that it may change with the tools `remember` and `forget`. What strangers write to an agent may end up
+    in its memory: where they do, let it write to its key alone."""
+    recalled: int = Field(8, ge=0, le=50)
+    """Of how many facts it is reminded at the start of a turn, at most: those that are pinned, and those that fit what
+    has arrived. 0: of none; it has to look itself."""
+    characters: int = Field(2000, ge=1000, le=20_000)
+    """How long these facts may be together."""
 
 
 class _BudgetSection(BudgetSpec, _Strict):
@@ -108,6 +241,10 @@ class _ContextSection(ContextSpec, _Strict):
     pass
 
 
+class _MemorySection(MemorySpec, _Strict):
+    pass
+
+
 class AgentSpec(_Strict):
     """One agent's definition."""
 
@@ -117,13 +254,37 @@ class AgentSpec(_Strict):
     instructions: str = Field(min_length=1)
     route: Name = "default"
     """The route in models.yaml: which pools of model endpoints are tried, in order."""
-    tools: list[ToolSpec] = Field(default_factory=list)
+    tools: list[AnyToolSpec] = Field(default_factory=list)
     subscriptions: list[Subscription] = Field(default_factory=list)
     budget: _BudgetSection = _BudgetSection()
     mailbox: _MailboxSection = _MailboxSection()
     context: _ContextSection = _ContextSection()
+    memory: _MemorySection | None = None
+    """What it may keep and be reminded of, beyond its conversation; `memory: {}` is the usual. None: nothing."""
+    order: Literal["relaxed", "strict"] = "relaxed"
+    """What becomes of later events when one that may have been for the agent was dead-lettered: they are taken, or they
+    wait (`strict`) until it is redriven or dropped. Whose a record was that can't be read, only its key says: with
+    `strict`, producers set the record's key to the agent's."""
     hibernate_after_seconds: float | None = Field(None, gt=0)
     """After how long without mail the agent's workflow closes, keeping its snapshot; None: it stays open."""
+
+
+class ListedTool(_Carried):
+    """A tool as an MCP server lists it: what is recorded of it."""
+
+    name: str
+    description: str = ""
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
+    """JSON Schema of the arguments."""
+    repeatable: bool = False
+    """The server says that it only reads, or that a repetition has no further effect."""
+
+
+class McpTool(_Carried):
+    """Where a tool of an MCP server is found: the server's name in the spec, and the server's name of the tool."""
+
+    server: str
+    tool: str
 
 
 class ToolDefinition(_Carried):
@@ -133,7 +294,10 @@ class ToolDefinition(_Carried):
     description: str = ""
     parameters: dict[str, JsonValue] = Field(default_factory=dict)
     """JSON Schema of the arguments."""
-    python: str
+    python: str = ""
+    """The function, if it is one."""
+    mcp: McpTool | None = None
+    """The tool of an MCP server, if it is one."""
     timeout: timedelta = timedelta(seconds=60)
     repeatable: bool = True
     attempts: int = 5
@@ -148,9 +312,12 @@ class ResolvedSpec(_Carried):
     instructions: str
     route: str = "default"
     tools: list[ToolDefinition] = Field(default_factory=list)
+    servers: dict[str, McpServer] = Field(default_factory=dict)
+    """The MCP servers that the tools are of, by their names in the spec."""
     budget: BudgetSpec = BudgetSpec()
     mailbox: MailboxSpec = MailboxSpec()
     context: ContextSpec = ContextSpec()
+    memory: MemorySpec | None = None
     hibernate_after: timedelta | None = None
 
     def control(self, digest: str) -> ControlSpec:

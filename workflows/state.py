@@ -17,6 +17,7 @@ from workflows.messages import (
     Intervention,
     RecentItem,
     Reply,
+    Rewound,
     Status,
     ToolResult,
     TurnOutcome,
@@ -27,6 +28,7 @@ from workflows.spec import ControlSpec
 _CARRIED_BYTES = 1_500_000
 _PUBLISH_BYTES = 512 * 1024
 _RESULTS_BYTES = 512 * 1024
+_RESULT_BYTES = 32 * 1024  # about 8,000 tokens; a longer result would crowd out the conversation
 _RECENT = 10
 _RECENT_CHARACTERS = 160
 
@@ -57,6 +59,8 @@ class AgentState(BaseModel):
     current: CurrentTurn | None = None
     spec: ControlSpec | None = None
     paused: Intervention | None = None
+    rewound: int = 0
+    """The number of the newest rewind in the ledger that is taken in here."""
     stopping: Intervention | None = None
     """Asked to stop, and not closed yet; a snapshot never holds it, or the agent would wake up stopping."""
     outbox: list[Outgoing] = Field(default_factory=list)
@@ -101,16 +105,21 @@ class AgentState(BaseModel):
         self.failed_turns += reply.outcome is TurnOutcome.FAILED
         self.note(now, f"→ {reply.text or reply.error}")
 
+    def rewind(self, rewound: Rewound) -> None:
+        """Go on behind another entry. Only the head changes: turns grow on, mail waits, what was seen stays seen."""
+        self.head = rewound.head
+        self.rewound = rewound.number
+
     @property
     def fits(self) -> bool:
         """Whether the state can be carried in one piece: Temporal refuses what has 2 MB."""
-        return self.mailbox.carried_bytes <= _CARRIED_BYTES
+        return self.mailbox.carried_bytes + sum(map(_size, self.outbox)) <= _CARRIED_BYTES
 
     def next_out(self) -> list[Outgoing]:
         """As many of the events decided on as can be published at once; at least one, if there is any."""
         total = 0
         for count, message in enumerate(self.outbox):
-            total += len(message.model_dump_json().encode())
+            total += _size(message)
             if count and total > _PUBLISH_BYTES:
                 return self.outbox[:count]
         return list(self.outbox)
@@ -123,7 +132,7 @@ class AgentState(BaseModel):
         self.recent = [*self.recent, RecentItem(at=now, text=line)][-_RECENT:]
 
     def activity(self) -> tuple[str, str]:
-        """The agent's state in one word (working, paused, idle) and in a sentence."""
+        """The agent's state in one word (working, paused, held, idle) and in a sentence."""
         if self.stopping is not None:
             return "stopping", f"stopping{_by(self.stopping)}; what is in hand is finished first"
         if self.current is not None:
@@ -131,6 +140,12 @@ class AgentState(BaseModel):
             return "working", f"turn {self.current.number}, step {self.current.step}: {kinds}"
         if self.paused is not None:
             return "paused", f"paused{_by(self.paused)}; {len(self.mailbox.waiting)} events wait"
+        if self.mailbox.held and not self.mailbox.ready:
+            behind = len(self.mailbox.waiting) - 1
+            return (
+                "held",
+                f"{behind} events wait behind the dead letter from {self.mailbox.held.id}: redrive or drop it",
+            )
         if self.mailbox.waiting:
             return "working", f"about to take {len(self.mailbox.waiting)} waiting events"
         return "idle", "waiting for events"
@@ -147,6 +162,8 @@ class AgentState(BaseModel):
             waiting=len(self.mailbox.waiting),
             accepted=self.mailbox.accepted,
             duplicates=self.mailbox.duplicates,
+            forgotten=self.mailbox.forgotten,
+            held_by=self.mailbox.held.id if self.mailbox.held else None,
             replies=self.replies,
             failed_turns=self.failed_turns,
             model_calls=self.model_calls,
@@ -171,8 +188,16 @@ class Snapshot(BaseModel):
     state: AgentState
 
 
+def result_bytes(calls: int) -> int:
+    """How long the result of each of a step's tool calls may be, so that all of them travel in one piece."""
+    return min(_RESULT_BYTES, _RESULTS_BYTES // max(calls, 1))
+
+
 def shortened(results: list[ToolResult], limit: int = _RESULTS_BYTES) -> list[ToolResult]:
-    """The results of a step's tool calls, each cut to its share if all together have more than `limit` bytes."""
+    """The results of a step's tool calls, each cut to its share if all together have more than `limit` bytes.
+
+    Results that keep to `result_bytes` are never cut; those of a worker of an older release may not.
+    """
     if sum(len(result.content.encode()) for result in results) <= limit:
         return results
     share = limit // len(results)
@@ -188,6 +213,10 @@ def _cut(result: ToolResult, share: int) -> ToolResult:
     return result.model_copy(
         update={"content": f"{text}\n[shortened, since many tools were called at once: {left_out} more characters]"}
     )
+
+
+def _size(message: Outgoing) -> int:
+    return len(message.model_dump_json().encode())
 
 
 def _by(intervention: Intervention) -> str:

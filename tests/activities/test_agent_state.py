@@ -204,7 +204,7 @@ def test_the_reply_of_a_turn_that_failed_says_why() -> None:
 
 def test_without_entries_nothing_changes() -> None:
     """A state that is up to date stays what it is."""
-    state = AgentState(turn=3, head="a", current=CurrentTurn(number=3, started=NOW), mailbox=Mailbox(seen={"d": 3}))
+    state = AgentState(turn=3, head="a", current=CurrentTurn(number=3, started=NOW), mailbox=Mailbox(seen={"d0": 3}))
     assert caught_up(state, []) == state
 
 

@@ -18,8 +18,18 @@ from pydantic_ai.messages import (
 
 from activities import conversation
 from activities.conversation import assistant_message, model_messages, shown, storable, without_calls
-from activities.entries import AssistantMessage, Entry, Message, ToolMessage, UserMessage, canonical
+from activities.entries import (
+    AssistantMessage,
+    Entry,
+    Fact,
+    MemoryMessage,
+    Message,
+    ToolMessage,
+    UserMessage,
+    canonical,
+)
 from workflows.messages import ToolCall, ToolOutcome
+from workflows.spec import Scope
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 ids = st.sampled_from(["", "a", "b", "a-2", "call", "call-2"])
@@ -28,7 +38,9 @@ answers = st.builds(AssistantMessage, text=texts, tool_calls=st.lists(calls, max
 results = st.builds(
     ToolMessage, call_id=ids, name=st.just("look"), content=texts, outcome=st.sampled_from(list(ToolOutcome))
 )
-messages = st.lists(st.one_of(st.builds(UserMessage, text=texts), answers, results), max_size=8)
+facts = st.builds(Fact, text=texts)
+reminders = st.builds(MemoryMessage, facts=st.lists(facts, max_size=2))
+messages = st.lists(st.one_of(st.builds(UserMessage, text=texts), reminders, answers, results), max_size=8)
 
 
 def entry(*content: Message, error: str | None = None) -> Entry:
@@ -52,7 +64,7 @@ def test_an_answer_survives_the_way_to_the_library_and_back(answer: AssistantMes
 def test_every_provider_can_take_what_is_shown(earlier: list[list[Message]], new: list[Message]) -> None:
     """It begins with a user; calls are followed by exactly their results, in order; ids are there and unique."""
     mended = shown([entry(*content) for content in earlier], new)
-    assert isinstance(mended[0], UserMessage)
+    assert isinstance(mended[0], (UserMessage, MemoryMessage))
     waiting: list[str] = []
     seen: set[str] = set()
     for message in mended:
@@ -197,3 +209,51 @@ def test_calls_that_were_not_allowed_are_dropped() -> None:
     assert answer.tool_calls == []
     assert answer.text == "I look."
     assert "ToolCall" not in (answer.vendor or "")
+
+
+# What the agent was reminded of --------------------------------------------------------------------------------------
+
+
+def reminder(*texts_of_facts: str, pinned: bool = False) -> MemoryMessage:
+    return MemoryMessage(
+        facts=[
+            Fact(
+                id="0123456789abcdef",
+                text=text,
+                scope=Scope.KEY,
+                pinned=pinned,
+                workflow_id="agent/t/a/k",
+                turn=1,
+                entry=None,
+                kept_at="2026-01-02T03:04:05+00:00",
+            )
+            for text in texts_of_facts
+        ]
+    )
+
+
+def test_a_reminder_is_shown_as_notes_a_line_each() -> None:
+    """With the id by which a fact is forgotten; a fact of several lines does not look like several facts."""
+    (request,) = model_messages([], [reminder("Has a dog.", "Tea\n- and milk", pinned=True), UserMessage(text="Hello")])
+    assert isinstance(request, ModelRequest)
+    notes, hello = request.parts
+    assert isinstance(notes, UserPromptPart)
+    assert str(notes.content).splitlines() == [
+        conversation.REMINDER,
+        "- Has a dog. [0123456789abcdef, key, pinned, kept 2026-01-02]",
+        "- Tea - and milk [0123456789abcdef, key, pinned, kept 2026-01-02]",
+    ]
+    assert hello == UserPromptPart("Hello", timestamp=hello.timestamp)
+
+
+def test_a_reminder_stays_for_its_turn_and_no_longer() -> None:
+    """In the further steps of its turn it is there; the next events bring their own, or none."""
+    first, second = reminder("one"), reminder("two")
+    asked = entry(first, UserMessage(text="1"), AssistantMessage(tool_calls=[ToolCall(id="c", name="look")]))
+    result = ToolMessage(call_id="c", name="look", content="found")
+    assert first in shown([asked], [result])
+    answered = entry(result, AssistantMessage(text="done"))
+    for new in ([second, UserMessage(text="2")], [UserMessage(text="2")]):
+        mended = shown([asked, answered], new)
+        assert [message for message in mended if isinstance(message, MemoryMessage)] == new[:-1]
+    assert first not in shown([entry(first, UserMessage(text="1"), error="refused")], [])

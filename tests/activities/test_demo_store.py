@@ -27,6 +27,8 @@ from activities.demo_store import (
     refund,
     send_text_message,
 )
+from activities.ledger import Ledger
+from activities.mcp_servers import Servers
 from activities.tools import ToolCallContext, Tools, call_context, load_tool
 from workflows.messages import ToolCall, ToolOutcome, ToolRequest, ToolResult
 
@@ -268,7 +270,9 @@ async def run(workspace: Path, name: str, arguments: str) -> ToolResult:
         spec_digest="",
         idempotency_key="call-1",
     )
-    return await ActivityEnvironment().run(Tools(lambda _workflow, _name: tool, workspace).run_tool, request)
+    async with Ledger(f"sqlite:///{workspace}/ledger.db") as ledger:
+        tools = Tools(lambda _workflow, _name: tool, workspace, ledger, Servers(lambda _: {}))
+        return await ActivityEnvironment().run(tools.run_tool, request)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from activities.entries import AssistantMessage, Entry, ToolMessage, UserMessage, canonical
+from activities.entries import AssistantMessage, Entry, Fact, MemoryMessage, ToolMessage, UserMessage, canonical
 from workflows.events import EventReference
 from workflows.messages import ToolCall, ToolOutcome, Usage
+from workflows.spec import Scope
 
 AGENT = "agent/store/desk/order-42"
 FIRST = Entry(
@@ -41,6 +42,31 @@ SECOND = Entry(
         AssistantMessage(text="In the post.", vendor='{"kind":"response"}'),
     ],
     recorded_at="2026-01-02T03:04:06+00:00",
+)
+REMINDED = Entry(
+    workflow_id=AGENT,
+    turn=2,
+    step=1,
+    parent=SECOND.id,
+    messages=[
+        MemoryMessage(
+            facts=[
+                Fact(
+                    id="0123456789abcdef",
+                    text="Préfère le thé.",
+                    scope=Scope.KEY,
+                    pinned=True,
+                    workflow_id=AGENT,
+                    turn=1,
+                    entry=FIRST.id,
+                    kept_at="2026-01-02T03:04:05+00:00",
+                )
+            ]
+        ),
+        UserMessage(text="Tea?"),
+        AssistantMessage(text="Tea."),
+    ],
+    recorded_at="2026-01-02T03:04:07+00:00",
 )
 CHANGES: dict[str, Any] = {
     "workflow_id": "agent/store/desk/order-43",
@@ -72,6 +98,15 @@ def test_the_encoding_of_version_1_never_changes() -> None:
     assert SECOND.id == "03f181ccdd4228024ffeb67b8ce2e757a3db505bef980098b9f113e59745f8eb"
 
 
+def test_the_encoding_of_a_reminder_never_changes() -> None:
+    """It came later than the first entries, and they keep their ids; from now on it is as fixed as they are."""
+    assert canonical(REMINDED.messages[0]).decode() == (
+        f'{{"facts":[{{"entry":"{FIRST.id}","id":"0123456789abcdef","kept_at":"2026-01-02T03:04:05+00:00","pinned":true,'
+        '"scope":"key","text":"Préfère le thé.","turn":1,"workflow_id":"agent/store/desk/order-42"}],"role":"memory"}'
+    )
+    assert REMINDED.id == "218aa38770fb648fc29a6eeef4e91319597bc46aefc7cb6bf559b9d4521ae007"
+
+
 def test_the_id_is_the_hash_of_the_stored_bytes() -> None:
     """Anybody can verify a chain with sha256sum."""
     assert FIRST.id == hashlib.sha256(FIRST.encode()).hexdigest()
@@ -85,7 +120,7 @@ def test_no_field_can_be_changed_without_changing_the_id(field: str) -> None:
     assert SECOND.model_copy(update={"parent": changed.id}).id != SECOND.id
 
 
-@pytest.mark.parametrize("entry", [FIRST, SECOND])
+@pytest.mark.parametrize("entry", [FIRST, SECOND, REMINDED])
 def test_an_entry_comes_back_as_it_was(entry: Entry) -> None:
     """What is stored is read into the same entry, with the same id; messages keep their kinds."""
     again = Entry.model_validate_json(entry.encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import sqlite3
 import sys
@@ -27,8 +28,8 @@ from activities.ledger import Ledger, Totals
 from workflows.errors import Remedy
 from workflows.events import Event, EventReference
 from workflows.mailbox import Mailbox
-from workflows.messages import ToolCall, ToolOutcome, Usage
-from workflows.spec import ResolvedSpec, ToolDefinition
+from workflows.messages import Rewound, ToolCall, ToolOutcome, Usage
+from workflows.spec import ListedTool, ResolvedSpec, ToolDefinition
 from workflows.state import AgentState, Snapshot
 
 AGENT = "agent/store/logistics/order-42"
@@ -338,6 +339,19 @@ async def test_in_any_tree_the_context_is_the_end_of_the_path_that_fits(
 # Lists ---------------------------------------------------------------------------------------------------------------
 
 
+async def test_what_was_taken_is_known_for_ever_and_by_its_first_turn(ledger: Ledger) -> None:
+    """Issue 3: replay leaves out what an agent has taken, however long ago; an entry that came second took nothing."""
+    one, two, three = (EventReference(source="shop", id=str(number), type="order.shipped") for number in (1, 2, 3))
+    first = entry(1).model_copy(update={"answers": [one, two, two]})
+    await ledger.append(first)
+    await ledger.append(entry(1, said="late").model_copy(update={"answers": [three]}))
+    await ledger.append(entry(2, parent=first).model_copy(update={"answers": [two]}))
+    asked = [reference.digest for reference in (one, two, three)]
+    assert await ledger.taken(AGENT, asked) == {one.digest: 1, two.digest: 1}
+    assert await ledger.taken(OTHER, asked) == {}
+    assert await ledger.taken(AGENT, []) == {}
+
+
 async def test_the_transcript_is_the_newest_entries_oldest_first(ledger: Ledger) -> None:
     """At most as many as were asked for, of this agent only."""
     entries = await chain(ledger, 12)
@@ -408,7 +422,7 @@ async def test_a_snapshot_comes_back_whole(ledger: Ledger) -> None:
     """Waiting mail, seen ids and all else an agent wakes with."""
     event = Event(id="e1", source="shop", type="order.shipped", data={"by": "Größe\x00", "n": [1, None, 0.5]})
     state = AgentState(
-        mailbox=Mailbox(waiting=[event], seen={event.digest: 0, "d": 7}, accepted=2),
+        mailbox=Mailbox(waiting=[event], seen={event.digest: 0, "d0": 7}, accepted=2),
         head="a" * 64,
         turn=7,
         spec=SPEC.control("digest"),
@@ -459,32 +473,33 @@ async def test_a_late_snapshot_of_an_older_run_is_not_the_newest(ledger: Ledger,
 
 async def test_totals_of_an_empty_ledger(ledger: Ledger) -> None:
     """Nothing is there, and that is no error."""
-    nothing = {"agents": 0, "entries": 0, "snapshots": 0, "calls_begun": 0, "calls_repeated": 0, "calls_paid_twice": 0}
+    nothing = {"agents": 0, "entries": 0, "snapshots": 0, "calls_begun": 0, "calls_repeated": 0}
     assert await ledger.totals() == Totals(**nothing)
 
 
 async def test_totals_count_what_is_there(ledger: Ledger) -> None:
-    """Agents by their entries; calls begun, begun again, and begun after their step was recorded."""
-    await ledger.record_call(AGENT, 1, 1)  # its worker dies
-    await ledger.record_call(AGENT, 1, 1)
-    await ledger.record_call(AGENT, 1, 1)
+    """Agents by their entries; calls begun, and begun again."""
+    await ledger.begin_call(AGENT, 1, 1)  # its worker dies
+    await ledger.begin_call(AGENT, 1, 1)
+    await ledger.begin_call(AGENT, 1, 1)
     await ledger.append(entry(1, 1))
-    await ledger.record_call(AGENT, 1, 2)
-    await ledger.record_call(OTHER, 1, 1)
+    await ledger.begin_call(AGENT, 1, 2)
+    await ledger.begin_call(OTHER, 1, 1)
     await ledger.append(entry(1, 1, agent=OTHER))
     await ledger.put_snapshot(snapshot())
     counts = {"agents": 2, "entries": 2, "snapshots": 1, "calls_begun": 5}
-    assert await ledger.totals() == Totals(**counts, calls_repeated=2, calls_paid_twice=0)
+    assert await ledger.totals() == Totals(**counts, calls_repeated=2)
 
 
-async def test_a_call_for_a_recorded_step_is_one_paid_twice(ledger: Ledger) -> None:
-    """P6: the count that has to be 0 is not 0 when it happens, and such calls are not counted as repeated, too."""
+async def test_a_call_for_a_recorded_step_is_not_begun(ledger: Ledger) -> None:
+    """P6: in the moment of the call, whatever was known before; a step that is not recorded may be begun again."""
+    assert await ledger.begin_call(AGENT, 1, 1)
+    assert await ledger.begin_call(AGENT, 1, 1)
     await ledger.append(entry(1, 1))
-    await ledger.record_call(AGENT, 1, 1)
-    await ledger.record_call(AGENT, 1, 1)
-    await ledger.record_call(AGENT, 1, 2)
+    assert not await ledger.begin_call(AGENT, 1, 1)
+    assert await ledger.begin_call(AGENT, 1, 2)
     totals = await ledger.totals()
-    assert (totals.calls_begun, totals.calls_repeated, totals.calls_paid_twice) == (3, 0, 2)
+    assert (totals.calls_begun, totals.calls_repeated) == (3, 1)
 
 
 # Tampering -----------------------------------------------------------------------------------------------------------
@@ -871,6 +886,11 @@ async def test_postgresql_settings_in_the_url_count(postgres_server: Postgres) -
 _CROWD = 4000
 
 
+def rewound(turn: int, head: Entry, old_head: Entry) -> Rewound:
+    names = {"workflow_id": AGENT, "head": head.id, "old_head": old_head.id}
+    return Rewound(id=f"r-{turn}", turn=turn, head_turn=head.turn, head_step=head.step, **names)
+
+
 async def crowd(ledger: Ledger) -> Entry:
     """Fill a ledger with one long conversation and what goes with it; its newest entry."""
     entries: list[Entry] = []
@@ -892,6 +912,12 @@ async def crowd(ledger: Ledger) -> Entry:
             for n in range(_CROWD)
         ]  # fmt: skip
         connection.execute(module._snapshots.insert(), snapshots)
+        rewinds = [
+            {"workflow_id": AGENT, "request": str(n), "turn": n, "head": entries[0].id, "old_head": entries[n].id,
+             "body": rewound(n, entries[0], entries[n]).model_dump_json().encode()}
+            for n in range(_CROWD)
+        ]  # fmt: skip
+        connection.execute(module._rewinds.insert(), rewinds)
         specs = [{"digest": str(n), "body": b"x" * 200} for n in range(_CROWD)]
         connection.execute(module._specs.insert(), specs)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -937,17 +963,53 @@ async def test_no_step_reads_a_table_from_end_to_end(ledger: Ledger) -> None:
     await ledger.since(AGENT, _CROWD - 5, limit=1000)
     await ledger.of_turn(AGENT, _CROWD)
     await ledger.transcript(AGENT, limit=20)
-    await ledger.record_call(AGENT, _CROWD, 1)
+    await ledger.begin_call(AGENT, _CROWD, 1)
     await ledger.put_spec(SPEC)
     await ledger.get_spec(digest)
     await ledger.put_snapshot(snapshot(turn=1))
     await ledger.get_snapshot(AGENT)
+    made = await ledger.put_rewind(rewound(_CROWD + 1, head, newest))
+    assert await ledger.rewinds(AGENT, after=made.number - 1) == [made]
+    await ledger.rewind_of(AGENT, made.id)
+    assert await ledger.head(AGENT) == head.id
+    await ledger.entries([head.id])
+    await ledger.on_line(head.id, [newest.id])
+    assert await ledger.left_behind(newest.id, head.id) == (head.id, [newest.id])
+    await ledger.forks([head.id])
+    await ledger.starting_with(AGENT, head.id[:12], above=head.id, limit=2)
     sqlalchemy.event.remove(engine, "before_cursor_execute", note)
 
-    assert len(asked) >= 12
-    tables = {"entries", "specs", "snapshots", "calls"}
+    assert len(asked) >= 22
+    tables = {"entries", "specs", "snapshots", "calls", "rewinds"}
     with engine.connect() as connection:
         scans = {statement: tables & set(plan(connection, statement, values)) for statement, values in asked}
         assert {statement: scanned for statement, scanned in scans.items() if scanned} == {}
         # The check itself can see one:
         assert plan(connection, "SELECT count(body) FROM entries", ()) == ["entries"]
+
+
+# Long results, listings ----------------------------------------------------------------------------------------------
+
+
+async def test_a_result_is_found_by_the_beginning_of_its_digest(ledger: Ledger) -> None:
+    """Of its tenant alone; kept again, it is kept once. What is no digest finds nothing."""
+    text = "an é and a \x00 and more"
+    digest = await ledger.put_result("acme", text)
+    assert digest == await ledger.put_result("acme", text) == hashlib.sha256(text.encode()).hexdigest()
+    await ledger.put_result("acme", "another")
+    assert await ledger.get_result("acme", digest[:16]) == text
+    assert await ledger.get_result("acme", digest) == text
+    for tenant, asked in (("other", digest), ("acme", digest[:15]), ("acme", f"{digest[:16]}%"), ("acme", "0" * 16)):
+        assert await ledger.get_result(tenant, asked) is None
+
+
+async def test_the_first_listing_of_a_version_counts(ledger: Ledger) -> None:
+    """Workers may list a server at the same time, and must not offer different tools."""
+    desk = ("acme", "desk")
+    assert await ledger.get_listing(desk, "v1", "clock") is None
+    first, second = [ListedTool(name="now", repeatable=True)], [ListedTool(name="then")]
+    assert await ledger.put_listing(desk, "v1", "clock", first) == first
+    assert await ledger.put_listing(desk, "v1", "clock", second) == first
+    assert await ledger.put_listing(desk, "v2", "clock", second) == second
+    assert await ledger.get_listing(desk, "v1", "clock") == first
+    assert await ledger.get_listing(desk, "v1", "crm") is None

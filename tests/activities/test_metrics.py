@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 import uuid
 from collections.abc import Callable
 
@@ -24,6 +25,12 @@ GOLDEN = {
     "perennial_ingest_lag_records": ("topic", "partition"),
     "perennial_ingest_in_flight_deliveries": (),
     "perennial_ingest_assigned_partitions": (),
+    "perennial_ingest_oldest_unacknowledged_seconds": ("topic", "partition"),
+    "perennial_ingest_paused_seconds_total": ("topic",),
+    "perennial_ingest_rebalances_total": (),
+    "perennial_ingest_commit_failures_total": ("reason",),
+    "perennial_delivery_failures_total": ("status",),
+    "perennial_events_repeated_total": ("agent",),
     "perennial_turns_total": ("agent", "outcome"),
     "perennial_turn_seconds": ("agent",),
     "perennial_replies_total": ("agent",),
@@ -33,7 +40,7 @@ GOLDEN = {
     "perennial_model_call_seconds": ("pool", "model"),
     "perennial_tokens_total": ("pool", "model", "direction"),
 }
-LABELS = {"topic", "agent", "reason", "partition", "outcome", "tool", "pool", "model", "direction"}
+LABELS = {"topic", "agent", "reason", "status", "partition", "outcome", "tool", "pool", "model", "direction"}
 """Closed sets; never an agent's key, an event's id or an error's text."""
 
 
@@ -84,6 +91,11 @@ X = uuid.uuid4().hex
         (lambda: metrics.dead_letter(X), "perennial_dead_letters_total", {"reason": X}, 1),
         (lambda: metrics.delivery(4, 0.5), "perennial_delivery_events_sum", {}, 4),
         (lambda: metrics.delivery(4, 0.5), "perennial_delivery_seconds_sum", {}, 0.5),
+        (lambda: metrics.repeated(X, 3), "perennial_events_repeated_total", {"agent": X}, 3),
+        (lambda: metrics.paused(X, 1.5), "perennial_ingest_paused_seconds_total", {"topic": X}, 1.5),
+        (lambda: metrics.rebalanced(3), "perennial_ingest_rebalances_total", {}, 1),
+        (lambda: metrics.commit_failed(X), "perennial_ingest_commit_failures_total", {"reason": X}, 1),
+        (lambda: metrics.delivery_failed(X), "perennial_delivery_failures_total", {"status": X}, 1),
         (lambda: metrics.turn(X, "completed", 2), "perennial_turns_total", {"agent": X, "outcome": "completed"}, 1),
         (lambda: metrics.turn(X, "failed", 2), "perennial_turn_seconds_sum", {"agent": X}, 2),
         (lambda: metrics.reply(X), "perennial_replies_total", {"agent": X}, 1),
@@ -130,6 +142,16 @@ def test_gauges_say_how_it_is_now() -> None:
     for deliveries in (4, 0):
         metrics.in_flight(deliveries)
         assert value("perennial_ingest_in_flight_deliveries") == deliveries
+    oldest = {"topic": X, "partition": "3"}
+    for ago in (500, 0):
+        metrics.oldest_unacknowledged(X, 3, int((time.time() - ago) * 1000))
+        assert ago <= value("perennial_ingest_oldest_unacknowledged_seconds", **oldest) < ago + 100
+    for nothing in (None, -1):
+        metrics.oldest_unacknowledged(X, 3, nothing)
+        assert value("perennial_ingest_oldest_unacknowledged_seconds", **oldest) == 0
+    metrics.not_ours(X, 3)
+    assert REGISTRY.get_sample_value("perennial_ingest_lag_records", oldest) is None, "another member tells of it"
+    metrics.not_ours(X, 3)
     for partitions in (4, 2):
-        metrics.assigned(partitions)
+        metrics.rebalanced(partitions)
         assert value("perennial_ingest_assigned_partitions") == partitions

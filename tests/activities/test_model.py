@@ -15,18 +15,20 @@ import pytest
 from chat_server import Reply, Server, refused, said, serving
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
 
-from activities.conversation import LEFT_OUT
+from activities.conversation import LEFT_OUT, REMINDER
 from activities.endpoints import ModelsConfig, PoolConfig, Pools
-from activities.entries import AssistantMessage, Entry, ToolMessage, UserMessage, canonical
+from activities.entries import AssistantMessage, Entry, MemoryMessage, ToolMessage, UserMessage, canonical
 from activities.ledger import Ledger
+from activities.memory import Call, Memory
 from activities.model import Model, new_messages, render
 from workflows import names
 from workflows.events import Event, EventReference
 from workflows.messages import Decision, ThinkRequest, ToolCall, ToolOutcome, ToolResult, Usage
-from workflows.spec import ContextSpec, ResolvedSpec, ToolDefinition
+from workflows.spec import ContextSpec, MemorySpec, ResolvedSpec, Scope, ToolDefinition
 
 AGENT = "agent/store/logistics/order-42"
 SHIPPED = Event(id="e1", source="shop", type="order.shipped", subject="order-42", data={"by": "Größe", "n": 1})
@@ -56,7 +58,9 @@ class World:
 
 
 @asynccontextmanager
-async def world(folder: Path, *replies: Reply, tokens: int = 32_000) -> AsyncIterator[World]:
+async def world(
+    folder: Path, *replies: Reply, tokens: int = 32_000, memory: MemorySpec | None = None
+) -> AsyncIterator[World]:
     """An agent whose model answers with these."""
     spec = ResolvedSpec(
         name="logistics",
@@ -64,6 +68,7 @@ async def world(folder: Path, *replies: Reply, tokens: int = 32_000) -> AsyncIte
         instructions="Ship things.",
         tools=[ToolDefinition(name="look", python="tools:look")],
         context=ContextSpec(tokens=tokens),
+        memory=memory,
     )
     async with serving(*replies) as server, Ledger(f"sqlite:///{folder}/ledger.db") as ledger:
         config = ModelsConfig(pools={"only": PoolConfig(model="openai-chat:small", base_url=server.url)})
@@ -133,6 +138,26 @@ async def test_of_two_tries_at_once_both_decide_what_was_recorded(tmp_path: Path
         entry = await agent.entry()
     assert {decision.head for decision in decisions} == {entry.id}
     assert len({decision.text for decision in decisions}) == 1
+
+
+async def test_a_try_that_was_frozen_before_its_call_finds_what_another_has_recorded(tmp_path: Path) -> None:
+    """P6: it had found nothing, slept, and was taken for dead; it makes no call, and decides what is recorded."""
+    async with world(tmp_path, said("of the second try"), said("too late")) as agent:
+        find = agent.ledger.find
+
+        async def find_and_freeze(workflow_id: str, turn: int, step: int) -> Entry | None:
+            agent.ledger.find = find  # type: ignore[method-assign]
+            found = await find(workflow_id, turn, step)
+            await agent.think(SHIPPED)
+            return found
+
+        agent.ledger.find = find_and_freeze  # type: ignore[method-assign]
+        decided = await agent.think(SHIPPED)
+        entry = await agent.entry()
+        totals = await agent.ledger.totals()
+    assert (decided.head, decided.text) == (entry.id, "of the second try")
+    assert len(agent.server.requests) == 1
+    assert totals.calls_begun == 1
 
 
 async def test_the_last_step_offers_no_tools(tmp_path: Path) -> None:
@@ -296,3 +321,69 @@ def test_whatever_comes_in_can_be_recorded(data: str, result: str) -> None:
     assert [message.role for message in messages] == ["tool", "user"]
     for message in messages:
         canonical(message)
+
+
+async def test_an_event_that_is_taken_again_beyond_the_horizon_is_counted(tmp_path: Path) -> None:
+    """Issue 3: an agent forgets what is older than `mailbox.remember_ids`; the ledger does not, and tells."""
+
+    def counted() -> float:
+        return REGISTRY.get_sample_value("perennial_events_repeated_total", {"agent": "logistics"}) or 0
+
+    before = counted()
+    async with world(tmp_path, said("Noted."), said("Noted."), said("Noted.")) as here:
+        first = await here.think(SHIPPED)
+        await here.think(SHIPPED)  # a retry finds what is recorded
+        assert counted() == before
+        await here.think(SHIPPED, SHIPPED.model_copy(update={"id": "e2"}), turn=2, head=first.head)
+    assert counted() == before + 1
+
+
+# What it is reminded of ----------------------------------------------------------------------------------------------
+
+
+async def test_a_turn_begins_with_the_facts_that_fit(tmp_path: Path) -> None:
+    """Before the events, in the first step; recorded, so that a retry and the transcript have what was shown."""
+    replies = said(None, ("c1", "look", "{}"), finish="tool_calls"), said("On its way."), said("Gone.")
+    async with world(tmp_path, *replies, memory=MemorySpec()) as agent:
+        memory = Memory(agent.ledger)
+        fact = await memory.remember(Call(AGENT, 1, "k1"), "Größe rings twice.", Scope.KEY, pinned=True)
+        await memory.remember(Call(AGENT, 1, "k2"), "Likes tents.", Scope.KEY)
+        await memory.remember(Call("agent/store/logistics/order-43", 1, "k3"), "Größe is away.", Scope.KEY)
+        first = await agent.think(SHIPPED)
+        entry = await agent.entry()
+        assert entry.messages[:2] == [MemoryMessage(facts=[fact]), UserMessage(text=SHIPPED_TEXT)]
+        await memory.forget(Call(AGENT, 1, "f"), fact.id, [Scope.KEY], "moved away")
+        assert await agent.think(SHIPPED) == first, "a retry sees what was recorded"
+        later = await memory.remember(Call(AGENT, 1, "k4"), "Signs slowly.", Scope.KEY, pinned=True)
+        result = ToolResult(call_id="c1", name="look", content="shelf 3")
+        second = await agent.think(step=2, head=first.head, results=[result])
+        kinds = [type(message) for message in (await agent.entry(step=2)).messages]
+        assert kinds == [ToolMessage, AssistantMessage], "once a turn"
+        await agent.think(SHIPPED, turn=2, head=second.head)
+    shown = [[m["content"] for m in request["messages"] if m["role"] == "user"] for request in agent.server.requests]
+    noted, noted_later = (
+        f"{REMINDER}\n- {one.text} [{one.id}, key, pinned, kept {one.kept_at[:10]}]" for one in (fact, later)
+    )
+    assert shown == [[noted, SHIPPED_TEXT], [noted, SHIPPED_TEXT], [SHIPPED_TEXT, noted_later, SHIPPED_TEXT]]
+
+
+async def test_an_agent_without_memory_is_reminded_of_nothing(tmp_path: Path) -> None:
+    """It is off unless the spec turns it on, whatever is there."""
+    async with world(tmp_path, said("Fine.")) as agent:
+        await Memory(agent.ledger).remember(Call(AGENT, 1, "k"), "Größe rings twice.", Scope.KEY, pinned=True)
+        await agent.think(SHIPPED)
+        assert (await agent.entry()).messages[0] == UserMessage(text=SHIPPED_TEXT)
+
+
+async def test_what_an_event_holds_decides_and_not_how_it_is_written(tmp_path: Path) -> None:
+    """Texts and numbers, however deep; not the names of fields, which every event has."""
+    deep: Any = "Lilas"
+    for _ in range(50):
+        deep = {"address": [deep]}
+    event = SHIPPED.model_copy(update={"data": deep})
+    async with world(tmp_path, said("Fine."), memory=MemorySpec()) as agent:
+        memory = Memory(agent.ledger)
+        await memory.remember(Call(AGENT, 1, "k1"), "An address was wrong.", Scope.KEY)
+        fact = await memory.remember(Call(AGENT, 1, "k2"), "Moved to rue des Lilas.", Scope.KEY)
+        await agent.think(event)
+        assert (await agent.entry()).messages[0] == MemoryMessage(facts=[fact])

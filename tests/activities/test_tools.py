@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from enum import StrEnum
@@ -16,10 +17,13 @@ from pydantic_ai.tools import Tool
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
 
+from activities.ledger import Ledger
+from activities.mcp_servers import Servers
 from activities.tools import ToolCallContext, ToolError, Tools, call_context, current_call, define, load_tool
 from workflows.errors import NOT_RUN
 from workflows.messages import ToolCall, ToolOutcome, ToolRequest, ToolResult
-from workflows.spec import ToolSpec
+from workflows.spec import ResolvedSpec, ToolSpec
+from workflows.state import result_bytes
 
 AGENT = "agent/store/desk/order-42"
 KEY = f"{AGENT}/3/1/0"
@@ -84,19 +88,36 @@ def nothing() -> None:
     """Do nothing."""
 
 
-async def call(function: Callable[..., Any], arguments: str | dict[str, Any] = "{}", name: str = "") -> ToolResult:
+def unused() -> Ledger:
+    """A ledger that is connected to when something is kept, and here nothing is."""
+    return Ledger("sqlite:////dev/null/ledger.db")
+
+
+async def call(
+    function: Callable[..., Any],
+    arguments: str | dict[str, Any] = "{}",
+    name: str = "",
+    ledger: Ledger | None = None,
+    agent: str = AGENT,
+    room: int = 32_768,
+    spec: str = "s",
+) -> ToolResult:
     """Run a tool as Temporal does, with arguments as the model wrote them."""
     tool = Tool(function, takes_ctx=False)
     text = arguments if isinstance(arguments, str) else json.dumps(arguments)
     tools = Tools(
-        lambda agent, wanted: tool if (agent, wanted) == (AGENT, tool.name) else None, Path("/some/workspace")
+        lambda of, wanted: tool if (of, wanted) == (agent, tool.name) else None,
+        Path("/some/workspace"),
+        ledger or unused(),
+        Servers(lambda _: {}),
     )
     request = ToolRequest(
-        workflow_id=AGENT,
+        workflow_id=agent,
         turn=3,
         call=ToolCall(id="call-1", name=name or tool.name, arguments=text),
-        spec_digest="s",
+        spec_digest=spec,
         idempotency_key=KEY,
+        result_bytes=room,
     )
     return await ActivityEnvironment().run(tools.run_tool, request)
 
@@ -180,7 +201,7 @@ async def test_a_tool_knows_its_idempotency_key(function: Callable[..., Any]) ->
 async def test_calls_side_by_side_have_their_own_keys() -> None:
     """A step's calls run at the same time and do not see each other's."""
     tool = Tool(say_key_slowly, takes_ctx=False)
-    tools = Tools(lambda _agent, _name: tool, Path("/some/workspace"))
+    tools = Tools(lambda _agent, _name: tool, Path("/some/workspace"), unused(), Servers(lambda _: {}))
     requests = [
         ToolRequest(
             workflow_id=AGENT,
@@ -203,20 +224,20 @@ def test_a_tool_can_be_tested_without_temporal(tmp_path: Path) -> None:
         current_call()
 
 
-async def test_a_long_result_is_shortened_and_says_so() -> None:
-    """One tool can't crowd out the conversation; what fits comes whole."""
-    assert len((await call(talk, {"characters": 50_000})).content) == 50_000
-    result = await call(talk, {"characters": 50_123})
-    assert result.outcome is ToolOutcome.OK
-    assert result.content.endswith("x\n[shortened: 123 more characters]")
-    assert len(result.content) < 50_100
-
-
-async def test_a_tool_this_worker_does_not_know_is_an_error_for_the_operator() -> None:
+async def test_a_tool_this_worker_does_not_know_is_an_error_for_the_operator(tmp_path: Path) -> None:
     """Its specs are older than the agent's: tried again, by another worker perhaps; it certainly had no effect."""
-    with pytest.raises(ApplicationError, match=r"look was not run.*Deploy the new specs") as failed:
-        await call(add, name="look")
+    async with Ledger(f"sqlite:///{tmp_path}/ledger.db") as ledger:
+        digest = await ledger.put_spec(ResolvedSpec(name="desk", tenant="store", instructions="Answer."))
+        with pytest.raises(ApplicationError, match=r"look was not run.*Deploy the new specs") as failed:
+            await call(add, name="look", ledger=ledger, spec=digest)
     assert (failed.value.type, failed.value.non_retryable) == (NOT_RUN, False)
+
+
+async def test_a_call_that_the_ledger_is_needed_for_was_not_run_without_it() -> None:
+    """P9: what the tool is, only the ledger knows; that it had no effect is certain."""
+    with pytest.raises(ApplicationError, match=r"look was not run: The ledger .* did not work") as failed:
+        await call(add, name="look")
+    assert failed.value.type == NOT_RUN
 
 
 async def test_a_parsers_complaint_is_not_the_tools_own_word() -> None:
@@ -227,6 +248,128 @@ async def test_a_parsers_complaint_is_not_the_tools_own_word() -> None:
 
     with pytest.raises(json.JSONDecodeError):
         await call(pay)
+
+
+# Long results, and what is no result ---------------------------------------------------------------------------------
+
+
+async def read_on(note: str, ledger: Ledger, agent: str = AGENT, room: int = 32_768) -> ToolResult:
+    """Call `read_result` as a note says."""
+    found = re.search(r'read_result\(id="(\w+)", offset=(\d+)\)', note)
+    assert found, note[-300:]
+    arguments = {"id": found[1], "offset": int(found[2])}
+    return await call(add, arguments, name="read_result", ledger=ledger, agent=agent, room=room)
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "🙂"])
+async def test_a_long_result_is_kept_whole_and_can_be_read_to_its_end(tmp_path: Path, letter: str) -> None:
+    """A megabyte: the model is shown its beginning, and reads on part by part; nothing that travels is large."""
+    whole = "".join(f"{number} {letter}\n" for number in range(120_000))
+    async with Ledger(f"sqlite:///{tmp_path}/ledger.db") as ledger:
+        result = await call(lambda: whole, ledger=ledger)
+        assert result.outcome is ToolOutcome.OK
+        parts: list[str] = []
+        while True:
+            assert len(result.content.encode()) <= 32_768
+            part, _, note = result.content.rpartition("\n[")
+            assert part
+            parts.append(part)
+            if "This is the end." in note:
+                break
+            result = await read_on(note, ledger)
+        assert "".join(parts) == whole
+        assert len(parts) > len(whole.encode()) // 32_768
+
+
+async def test_what_fits_comes_whole(tmp_path: Path) -> None:
+    """To the byte; nothing is kept of it."""
+    async with Ledger(f"sqlite:///{tmp_path}/ledger.db") as ledger:
+        assert len((await call(talk, {"characters": 32_768}, ledger=ledger)).content) == 32_768
+        assert ledger._engine is None
+        assert len((await call(talk, {"characters": 32_769}, ledger=ledger)).content) < 32_769
+
+
+async def test_many_calls_share_the_room(tmp_path: Path) -> None:
+    """A step with many calls gives each less; what is left out can be read like any other."""
+    async with Ledger(f"sqlite:///{tmp_path}/ledger.db") as ledger:
+        room = result_bytes(64)
+        result = await call(talk, {"characters": 20_000}, ledger=ledger, room=room)
+        assert len(result.content) <= room == 8 * 1024
+        assert (await read_on(result.content, ledger, room=room)).content.startswith("xxx")
+
+
+async def test_nobody_reads_another_tenants_results(tmp_path: Path) -> None:
+    """Other agents of the tenant may, as agents that work together do."""
+    async with Ledger(f"sqlite:///{tmp_path}/ledger.db") as ledger:
+        note = (await call(talk, {"characters": 40_000}, ledger=ledger)).content
+        assert (await read_on(note, ledger, agent="agent/store/guard/7")).outcome is ToolOutcome.OK
+        refused = await read_on(note, ledger, agent="agent/bank/desk/order-42")
+    assert refused.outcome is ToolOutcome.ERROR
+    assert refused.content.startswith("There is no result ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("{}", "Wrong arguments: id: Field required"),
+        ("id=1", "Wrong arguments: : Invalid JSON"),
+        ({"id": "0123456789abcdef", "offset": -1}, "Wrong arguments: offset: "),
+        ({"id": "0123456789abcdef"}, "There is no result '0123456789abcdef'"),
+        ({"id": ""}, "There is no result ''"),
+        ({"id": "%"}, "There is no result '%'"),
+    ],
+)
+async def test_a_result_that_is_not_there_is_said(
+    tmp_path: Path, arguments: str | dict[str, Any], complaint: str
+) -> None:
+    """P14: models invent ids, too; it is shown to them, and they can do better."""
+    async with Ledger(f"sqlite:///{tmp_path}/ledger.db") as ledger:
+        result = await call(add, arguments, name="read_result", ledger=ledger)
+    assert result.outcome is ToolOutcome.ERROR
+    assert result.content.startswith(complaint)
+
+
+async def test_a_result_that_cannot_be_kept_is_still_a_result() -> None:
+    """P9: the tool has run; that the ledger is away must not make its call be repeated, or unknown."""
+    result = await call(talk, {"characters": 40_000})
+    assert result.outcome is ToolOutcome.OK
+    assert result.content.endswith("The rest could not be kept.]")
+
+
+class Silent:
+    def __repr__(self) -> str:
+        raise RuntimeError("not even that")
+
+
+_LOOP: list[Any] = []
+_LOOP.append(_LOOP)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (b"\xff\xfe", "b'\\xff\\xfe'"),
+        (_LOOP, "[[...]]"),
+        (object, "<class 'object'>"),
+        (float("nan"), "NaN"),
+        (
+            {
+                1: {
+                    2,
+                }
+            },
+            '{"1": [2]}',
+        ),
+        ("a \ud800 surrogate", "a \ufffd surrogate"),
+        (Silent(), "(what Silent holds can't be shown)"),
+    ],
+)
+async def test_what_is_no_json_is_shown_all_the_same(value: object, shown: str) -> None:
+    """P9: the tool has run: what it returned never makes the call fail, so that it would be made again."""
+    result = await call(lambda: value)
+    assert result.outcome is ToolOutcome.OK
+    assert shown in result.content
+    assert result.model_dump_json()
 
 
 # Loading -------------------------------------------------------------------------------------------------------------

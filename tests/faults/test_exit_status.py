@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from servers import Broker, TemporalServer, eventually
-from stack import PERENNIAL, ROOT, STORE, environment, fetched, letter
+from stack import PERENNIAL, ROOT, STORE, environment
+from traffic import fetched, letter
 
-from workers.embedded import AGENT, INGEST, MODEL, TOPICS, free_ports
+from workers.embedded import AGENT, INGEST, MODEL, TOPICS
+from workers.ports import free_ports
 from workers.rehearsal import serving
 from workers.rehearsal_rules import Rules
 from workflows import names

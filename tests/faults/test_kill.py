@@ -18,12 +18,17 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from servers import eventually
-from stack import ANY_PORTS, Stack, fetched, letter, workflow_of
+from stack import ANY_PORTS, Stack
 from temporalio.api.enums.v1 import PendingActivityState
+from traffic import fetched, letter, workflow_of
 
 from activities.demo_store import DATABASE, effects
-from workers.embedded import AGENT, BROKER, INGEST, MODEL, REHEARSAL, TEMPORAL, EmbeddedStack, Ports, free_ports
+from activities.ledger import sqlite_file
+from activities.memory import Memory
+from workers.embedded import AGENT, BROKER, INGEST, MODEL, REHEARSAL, TEMPORAL, EmbeddedStack, Ports
+from workers.ports import free_ports
 from workers.settings import Settings
+from workflows.spec import Scope
 
 _SLOW = "[[latency 1.5]] [[say That took a while.]]"
 
@@ -97,6 +102,55 @@ async def test_what_was_done_and_not_yet_reported_is_not_done_again(stack: Stack
         assert await _tries(stack, key) == 2, "it was made again, since Temporal did not know of it"
     counted = {key: calls for key, calls in (await stack.calls()).items() if workflow_of(thinks) in key}
     assert [(calls.asked, calls.answered) for calls in counted.values()] == [(1, 1)]
+
+
+@pytest.mark.parametrize("done", [False, True])
+async def test_a_fact_is_kept_once_whatever_dies_while_it_is_kept(stack: Stack, *, done: bool) -> None:
+    """P6, P9: kill -9 in the middle of `remember`'s transaction, or after it, before Temporal knows: one fact.
+
+    That moment is held by a trigger that has SQLite count: for ever, or until Temporal is stopped.
+    """
+    key = f"customer-3{int(done)}"
+    fact = '{"text": "Leave parcels with Okafor.", "scope": "key", "pinned": true}'
+    await stack.send(letter(key, '[[call recall {"query": ""}]]'))
+    await stack.all_answered()  # the tables are there now
+    path = sqlite_file(stack.ledger_url)
+    assert path
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        end = 2 * 10**7 if done else 10**11
+        numbers = (
+            f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {end}) SELECT max(i) FROM n"
+        )
+        database.execute(f"CREATE TRIGGER hold AFTER INSERT ON facts BEGIN SELECT ({numbers}); END")
+        await stack.send(letter(key, f"[[call remember {fact}]]"))
+        await eventually(lambda: _in_tool(stack, key))
+        await eventually(lambda: _is_written(database))
+        if done:
+            stack.kill(TEMPORAL, signal.SIGSTOP)
+            kept = "SELECT count(*) FROM facts WHERE workflow_id = ?"
+            await eventually(lambda: database.execute(kept, [workflow_of(key)]).fetchone() == (1,))
+        killed = (AGENT, TEMPORAL) if done else (AGENT,)
+        for process in killed:
+            stack.kill(process)
+        await eventually(lambda: not _is_written(database))
+        database.execute("DROP TRIGGER hold")
+        for process in reversed(killed):
+            await stack.ready_again(process)
+    await stack.all_answered()
+    async with stack.ledger() as ledger:
+        facts = await Memory(ledger).kept(workflow_of(key), list(Scope), forgotten=True, limit=10)
+    assert [one.fact.text for one in facts] == ["Leave parcels with Okafor."]
+    assert await _tries(stack, key) == 2, "it was made again, since Temporal did not know of it"
+    assert (await stack.tally()).kept
+
+
+def _is_written(database: sqlite3.Connection) -> bool:
+    """Whether somebody is in the middle of writing to the database, and takes his time."""
+    try:
+        database.execute("PRAGMA busy_timeout = 200").execute("BEGIN IMMEDIATE").execute("ROLLBACK")
+    except sqlite3.OperationalError:
+        return True
+    return False
 
 
 async def _in_tool(stack: Stack, key: str) -> bool:

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -20,12 +21,13 @@ import pytest
 from pydantic import TypeAdapter
 
 from workers.doctor import Check
+from workers.history import TreeReport
 from workers.operations import AgentSummary
 from workers.report import AgentReport
 from workers.settings import PROVIDER_VARIABLES
 from workflows import names
 from workflows.events import Event
-from workflows.messages import Reply, Status, TurnOutcome
+from workflows.messages import Reply, Rewound, Status, TurnOutcome
 from workflows.spec import AgentSpec
 
 ROOT = Path(__file__).parents[2]
@@ -255,6 +257,32 @@ def test_lines_that_are_no_events_are_named_and_nothing_is_sent_except_raw(peren
     assert (ran.status, ran.out) == (0, "(standard input:1)\n")
 
 
+def test_a_replay_of_what_was_answered_changes_nothing(perennial: Perennial) -> None:
+    """Issue 3, point 7: duplicates are dropped, whenever it was; a place that is none is named, status 2."""
+    event = {"specversion": "1.0", "source": "/test", "type": "note", "tenant": "store", "agent": "logistics"}
+    lines = [json.dumps({**event, "id": f"n-{n}", "subject": "replayed", "data": {"n": n}}) for n in range(3)]
+    assert perennial("send", "-", stdin="\n".join(lines)).status == 0
+    before = tailed(perennial, "logistics/replayed", 2)
+    assert {happened.type for happened in before} == {names.REPLY_TYPE, names.TURN_COMPLETED_TYPE}
+    answered = Status.model_validate(shown(perennial, "logistics/replayed"))
+    arguments = ("ingest", "replay", "agents.events", "--from", "earliest", "--agent", "logistics")
+    while (ran := perennial(*arguments, "--json")).status == 0 and json.loads(ran.out)["known"] < 3:
+        pass  # its turns are still being taken
+    told = json.loads(ran.out)
+    assert told["read"] >= 3, ran.err
+    assert told["accepted"] == 0
+    assert Status.model_validate(shown(perennial, "logistics/replayed")).accepted == answered.accepted == 3
+    ran = perennial(*arguments)
+    assert re.search(r"^ *handed over +0$", ran.out, re.MULTILINE)
+    ran = perennial("ingest", "replay", "agents.events", "--from", "yesterday")
+    assert (ran.status, ran.out) == (2, "")
+    assert "'yesterday' is no place in a topic" in ran.err
+
+
+def shown(perennial: Perennial, agent: str) -> object:
+    return json.loads(perennial("show", agent, "--json").out)["status"]
+
+
 def test_an_event_that_no_agent_takes_is_warned_of(perennial: Perennial) -> None:
     """It is sent (somebody else's workers may know better), and the person is told where it will end."""
     ran = perennial("send", "--type", "weather.changed", "--subject", "sky")
@@ -353,6 +381,191 @@ def test_show_without_the_ledger_says_so(perennial: Perennial) -> None:
     assert "secret" not in ran.err
 
 
+# An agent's past --------------------------------------------------------------------------------------------------
+
+
+def told(perennial: Perennial, who: str, text: str) -> str:
+    """Ask an agent; the entry that holds its answer."""
+    ran = perennial("ask", who, text, "--json")
+    assert ran.status == 0, ran.err
+    return str(Reply.model_validate_json(ran.out).entry)
+
+
+def tree_of(perennial: Perennial, who: str) -> TreeReport:
+    ran = perennial("show", who, "--tree", "--json")
+    assert ran.status == 0, ran.err
+    return TreeReport.model_validate_json(ran.out)
+
+
+def test_an_agent_is_rewound_and_its_past_is_a_tree(perennial: Perennial) -> None:
+    """Issue 4, point 7: its head is the entry, by a prefix of its id; the next turn goes on there; nothing is lost."""
+    who = "store/customer-service/rewound"
+    first, second = (told(perennial, who, f"[[say answer {number}]]") for number in (1, 2))
+    ran = perennial("rewind", who, first[:10], "--dry-run")
+    assert (ran.status, ran.err) == (0, "nothing was changed\n")
+    assert ran.out == f"{who} goes back to entry {first[:12]} (turn 1, step 1): 1 step left on a branch\n"
+    assert tree_of(perennial, who).head == second
+
+    ran = perennial("rewind", "customer-service/rewound", first[:10], "--reason", "a wrong turning")
+    assert ran.status == 0, ran.err
+    assert f"{who} goes on behind entry {first[:12]} (turn 1, step 1); 1 step left at entry {second[:12]}" in ran.out
+    assert f"`perennial rewind {who} {second}` goes back to where it was." in ran.err
+    third = told(perennial, who, "[[say answer 3]]")
+
+    tree = tree_of(perennial, who)
+    assert (tree.head, tree.entries) == (third, 3)
+    assert [(node.entry, node.parent, node.live) for node in tree.nodes] == [
+        (first, None, True),
+        (second, first, False),
+        (third, first, True),
+    ]
+    (left,) = tree.nodes[1].left
+    assert left.reason == "a wrong turning"
+    ran = perennial("show", who, "--tree")
+    lines = [re.sub(r"turn \d, step 1 · ([0-9a-f]{12}) · .* → ", r"\1 ", line) for line in ran.out.splitlines()]
+    lines[3] = re.sub(r"left .* by .*:", "left by:", lines[3])
+    assert lines == [
+        f"{who}  3 entries",
+        f"● {first[:12]} [rehearsal] answer 1",
+        f"├─ ○ {second[:12]} [rehearsal] answer 2",
+        "│      left by: a wrong turning",
+        f"● {third[:12]} [rehearsal] answer 3  ← head",
+    ]
+    rewound = next(event for event in tailed(perennial, who, 7) if event.type == names.AGENT_REWOUND_TYPE)
+    assert Rewound.model_validate(rewound.data).old_head == second
+    ran = perennial("rewind", who, third, "--json")
+    assert (ran.status, ran.err) == (0, f"{who} is there already\n")
+
+
+def test_an_agent_that_sleeps_is_rewound(perennial: Perennial) -> None:
+    """It is woken for it, as for a question."""
+    who = "store/customer-service/sleeper"
+    first, second = (told(perennial, who, f"[[say answer {number}]]") for number in (1, 2))
+    assert perennial("stop", who).status == 0
+    deadline = time.monotonic() + SECONDS
+    while AgentReport.model_validate_json(perennial("show", who, "--json").out).awake:
+        assert time.monotonic() < deadline
+    ran = perennial("rewind", who, first, "--json")
+    assert ran.status == 0, ran.err
+    made = Rewound.model_validate_json(ran.out)
+    assert (made.head, made.old_head, made.turn) == (first, second, 2)
+    third = told(perennial, who, "[[say answer 3]]")
+    assert [node.parent for node in tree_of(perennial, who).nodes if node.entry == third] == [first]
+
+
+def test_tool_calls_are_listed_before_they_are_rewound_over(perennial: Perennial) -> None:
+    """Without --yes somebody has to agree: on a terminal it is asked, in a pipe it is refused; --yes does it."""
+    who = "store/customer-service/customer-01"
+    first = told(perennial, who, "[[say hello]]")
+    refund = '{"order_id": "order-1002", "amount_cents": 700, "reason": "arrived damaged"}'
+    told(perennial, who, f"[[call refund {refund}]]")
+    ran = perennial("rewind", who, first)
+    assert (ran.status, ran.out) == (2, "")
+    assert "Tool calls were made there; a rewind does not undo them:" in ran.err
+    assert re.search(r'turn 2, step 1  refund \{"order_id":.*\}  \w+, repeatable$', ran.err, re.MULTILINE)
+    assert "say --yes" in ran.err
+    assert "Rewind over them? [y/N]" in answered(perennial, "n", 1, "rewind", who, first)
+    assert tree_of(perennial, who).head != first
+    assert "goes on behind" in answered(perennial, "y", 0, "rewind", who, first)
+    assert tree_of(perennial, who).head == first
+    told(perennial, who, f"[[call refund {refund}]]")
+    ran = perennial("rewind", who, first, "--yes", "--json")
+    assert ran.status == 0, ran.err
+    (call,) = Rewound.model_validate_json(ran.out).calls
+    assert (call.name, json.loads(call.arguments)["amount_cents"]) == ("refund", 700)
+
+
+def answered(perennial: Perennial, answer: str, status: int, *arguments: str) -> str:
+    """Run a command on a terminal, and answer what it asks; what it has written."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [COMMAND, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, env=perennial.environment()
+    )
+    os.close(theirs)
+    written = b""
+    with ended(process), contextlib.suppress(OSError):
+        while part := os.read(ours, 65536):
+            if b"[y/N]" in part:
+                os.write(ours, f"{answer}\n".encode())
+            written += part
+    os.close(ours)
+    assert process.returncode == status, written
+    return written.decode()
+
+
+def test_a_fork_shares_the_past_and_goes_its_own_way(perennial: Perennial) -> None:
+    """Nothing is copied; the other goes on as it was; the tree names the fork; a key that was used is refused."""
+    who = "store/customer-service/original"
+    first, second = (told(perennial, who, f"[[say answer {number}]]") for number in (1, 2))
+    ran = perennial("fork", who, first[:16], "what-if")
+    assert ran.status == 0, ran.err
+    assert ran.out == f"store/customer-service/what-if begins behind entry {first[:12]} (turn 1, step 1)\n"
+    own = told(perennial, "customer-service/what-if", "[[say another answer]]")
+    tree = tree_of(perennial, "customer-service/what-if")
+    assert (tree.head, tree.entries, tree.forked_from) == (own, 1, who)
+    assert [(node.entry, node.agent) for node in tree.nodes] == [(first, who), (own, tree.agent)]
+    of_other = tree_of(perennial, who)
+    assert (of_other.head, of_other.nodes[0].forks) == (second, ["store/customer-service/what-if"])
+    status = Status.model_validate(shown(perennial, "customer-service/what-if"))
+    assert (status.turn, status.model_calls) == (1, 1)
+    for key in ("what-if", "original"):
+        ran = perennial("fork", who, second, key)
+        assert (ran.status, ran.out) == (2, "")
+        assert f"There is an agent store/customer-service/{key} already" in ran.err
+    ran = perennial("verify", "customer-service/what-if", "--json")
+    assert ran.status == 0, ran.err
+    assert json.loads(ran.out)["read"]["entries"] == 2
+
+
+def test_an_entry_that_is_not_the_agents_is_refused(perennial: Perennial) -> None:
+    """P14: what is wrong with it, status 2; and nothing is changed."""
+    mine = told(perennial, "customer-service/mine", "[[say mine]]")
+    theirs = told(perennial, "customer-service/theirs", "[[say theirs]]")
+    for entry, complaint in [
+        ("xyz", "'xyz' is no entry's id"),
+        ("f" * 64, "has no entry 'ffff"),
+        (theirs, "is of store/customer-service/theirs, and on no branch of store/customer-service/mine"),
+        (theirs[:20], f"has no entry '{theirs[:20]}'"),
+    ]:
+        for arguments in (("rewind",), ("fork",)):
+            last = ("new-key",) if arguments == ("fork",) else ()
+            ran = perennial(*arguments, "customer-service/mine", entry, *last)
+            assert (ran.status, ran.out) == (2, "")
+            assert complaint in ran.err
+    assert tree_of(perennial, "customer-service/mine").head == mine
+    ran = perennial("rewind", "customer-service/never", mine)
+    assert (ran.status, ran.out) == (2, "")
+    assert "store/customer-service/never has no entries" in ran.err
+
+
+def test_a_fork_without_workers_says_that_none_is_there(perennial: Perennial) -> None:
+    """Within the time that was given, and with the remedy."""
+    entry = told(perennial, "customer-service/unforked", "[[say one]]")
+    ran = perennial("fork", "customer-service/unforked", entry, "unheard-fork", "--timeout", "1", task_queue="nobody")
+    assert (ran.status, ran.out) == (1, "")
+    assert "has not answered within 1 s: no agent worker polls the task queue 'nobody'" in ran.err
+
+
+def test_verify_finds_what_was_changed_and_says_that_the_rest_is_as_it_was(perennial: Perennial) -> None:
+    """Status 1, and the entry is named; mended, status 0."""
+    who = "store/customer-service/verified"
+    told(perennial, who, "[[say one]]")
+    entry = told(perennial, who, "[[say two]]")
+    assert perennial("verify", who).err.endswith(": all as it was recorded\n")
+    with contextlib.closing(sqlite3.connect(perennial.state / "ledger.db", isolation_level=None)) as database:
+        (body,) = database.execute("SELECT body FROM entries WHERE id = ?", (entry,)).fetchone()
+        database.execute("UPDATE entries SET body = ? WHERE id = ?", (body.replace(b"two", b"six"), entry))
+        for arguments in ((who,), ("--all",)):
+            ran = perennial("verify", *arguments)
+            assert ran.status == 1
+            assert f"entry {entry} of agent/{who}: its hash is another\n" in ran.out
+        database.execute("UPDATE entries SET body = ? WHERE id = ?", (body, entry))
+    ran = perennial("verify", "--all", "--json")
+    assert (ran.status, json.loads(ran.out)["findings"]) == (0, [])
+    assert perennial("verify").status == perennial("verify", who, "--all").status == 2
+    assert perennial("verify", "customer-service/never").status == 2
+
+
 # Looking after it -------------------------------------------------------------------------------------------------
 
 
@@ -380,9 +593,11 @@ def test_doctor_names_what_is_missing_and_changes_nothing(perennial: Perennial, 
 
 
 def test_specs_are_checked(perennial: Perennial) -> None:
-    """Those of the store are in order; --json is the specs themselves."""
+    """Those of the store are in order; --json is the specs themselves, and what tools they are offered."""
     ran = perennial("specs", "check", "deploy/agents", "--json")
-    specs = TypeAdapter(list[AgentSpec]).validate_json(ran.out)
+    told = json.loads(ran.out)
+    assert all("read_result" in spec.pop("offers") for spec in told)
+    specs = TypeAdapter(list[AgentSpec]).validate_python(told)
     assert (ran.status, [spec.name for spec in specs]) == (0, ["customer-service", "logistics", "security"])
     ran = perennial("specs", "check")
     assert (ran.status, ran.err) == (0, "in order: 3 specs\n")

@@ -8,11 +8,12 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import sys
 import textwrap
 import urllib.request
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from workers.embedded import (
     StackReport,
     StackRunningError,
     StackUp,
+    discard_unfinished,
 )
 from workers.settings import PROVIDER_VARIABLES, Settings
 from workers.supervisor import Died, Ended, Ready
@@ -153,16 +155,6 @@ async def test_taken_ports_are_left_alone_and_others_are_chosen_and_said() -> No
             assert stack.addresses.kafka == f"127.0.0.1:{said[kafka]}"
             assert temporal not in said.values()
             assert set(TOPICS) <= (await partitions_of(stack.addresses.kafka)).keys()
-
-
-def test_free_ports_prefers_the_usual_ones_and_gives_none_twice() -> None:
-    """The usual port when it is free; else one ten above, so that two stacks side by side are easy to tell apart."""
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        taken = held.getsockname()[1]
-        chosen = embedded.free_ports({"a": taken, "b": taken, "c": 0})
-    assert len({taken, *chosen.values()}) == 4
-    assert (chosen["a"] - taken) % 10 == 0
-    assert embedded.free_ports({"a": chosen["c"]}) == {"a": chosen["c"]}
 
 
 async def test_a_killed_temporal_is_restarted_where_it_was_with_all_it_knew() -> None:
@@ -384,3 +376,19 @@ async def test_ctrl_c_ends_everything_in_order(tmp_path: Path, ready: int) -> No
     assert not (tmp_path / "stack.env").exists()
     if ready == 6:
         assert "drained" in (tmp_path / "logs" / "ingest.log").read_text()
+
+
+def test_a_database_that_was_never_finished_is_begun_anew_and_any_other_is_left_alone(tmp_path: Path) -> None:
+    """Temporal was killed while it made its tables: it would not start on them. A namespace is there once all are."""
+    database = tmp_path / "temporal.db"
+    discard_unfinished(database)
+    for statements, stays in [
+        (["CREATE TABLE executions (id)"], False),
+        (["CREATE TABLE namespaces (id)"], False),
+        (["CREATE TABLE namespaces (id)", "INSERT INTO namespaces VALUES (1)"], True),
+    ]:
+        with closing(sqlite3.connect(database, isolation_level=None)) as connection:
+            for statement in statements:
+                connection.execute(statement)
+        discard_unfinished(database)
+        assert database.exists() == stays, statements

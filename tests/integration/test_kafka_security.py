@@ -17,9 +17,10 @@ import pytest
 from apache_kafka import PASSWORD, USER, ApacheKafka, unsecured_token
 from recorders import ORDERS, QUICK, Rig, numbered
 from servers import TemporalServer, eventually
-from stack import PERENNIAL, STORE, letter, run
+from stack import PERENNIAL, STORE, run
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
+from traffic import letter
 
 from activities.publish import Publish
 from workers import kafka, topics

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import chat_server
 import pytest
-from stack import Stack, letter, perennial
+from stack import Stack, perennial
+from traffic import letter
 
 from workers.embedded import MODEL
 

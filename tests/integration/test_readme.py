@@ -52,6 +52,7 @@ async def shell(line: str, cwd: Path) -> Finished:
     return await run("bash", "-euc", line, cwd=cwd)
 
 
+@pytest.mark.timeout(300)
 async def test_the_first_agent_of_ones_own_answers(tmp_path: Path) -> None:
     """Spec, tool, check, event, question, show: as written, and in under thirty lines."""
     found = blocks("<!-- first agent:", "## Talking to an agent")

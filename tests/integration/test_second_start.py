@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from servers import eventually
-from stack import ROOT, Command, letter, none_alive, only_these_variables, workflow_of
+from stack import ROOT, Command, none_alive, only_these_variables
 from temporalio.client import Client
 from temporalio.service import RPCError
+from traffic import letter, workflow_of
 
 from workers import operations, topics
 from workers.settings import Settings

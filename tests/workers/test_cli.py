@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 COMMANDS = (
     *("dev", "send", "tail", "ask", "agents", "show", "pause", "resume", "stop", "doctor", "demo"),
+    *("rewind", "fork", "verify"),
     *("worker", "worker agent", "worker model", "worker ingest", "worker rehearsal", "specs", "specs check"),
 )
 
@@ -243,3 +245,25 @@ def test_what_was_not_foreseen_is_a_message_too_and_debug_shows_where(
     assert "perennial --debug" in err
     assert cli.run(("--debug", "agents")) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+# MCP servers ------------------------------------------------------------------------------------------------------
+
+
+def test_specs_check_asks_the_mcp_servers(run: Run, tmp_path: Path) -> None:
+    """What an agent is offered is shown; a server that does not answer is said with file and line, unless offline."""
+    spec = tmp_path / "desk.yaml"
+    text = "name: desk\ninstructions: Answer.\ntools:\n  - {mcp: clock, command: [mcp-server-time], prefix: clock_}\n"
+    spec.write_text(text)
+    status, out, err = run("specs", "check", str(tmp_path))
+    assert (status, err.splitlines()[-1]) == (0, "in order: 1 spec")
+    assert "clock_get_current_time, clock_convert_time, read_result" in out
+    status, out, _ = run("specs", "check", "--json", str(tmp_path))
+    (found,) = json.loads(out)
+    assert (status, found["name"], found["tools"][0]["mcp"]) == (0, "desk", "clock")
+    assert found["offers"] == ["clock_get_current_time", "clock_convert_time", "read_result"]
+    spec.write_text(f"{text}  - {{mcp: away, url: 'http://127.0.0.1:9/mcp'}}\n")
+    status, out, err = run("specs", "check", str(tmp_path))
+    assert (status, out) == (2, "")
+    assert f"{spec}:5: tools.1: MCP server away at http://127.0.0.1:9/mcp can't be reached: " in err
+    assert run("specs", "check", "--offline", str(tmp_path))[0] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -54,6 +55,19 @@ def test_the_newest_resolution_counts() -> None:
     ]
     (letter,) = gather(records)
     assert (letter.state, letter.resolution and letter.resolution.by) == (State.REDRIVEN, "ada")
+
+
+def test_a_record_that_was_dead_lettered_twice_is_one_letter() -> None:
+    """Ingest may die between writing it and committing that; whichever was resolved, the letter is."""
+    twice = [written(dead()), written(dead(at=NOON + timedelta(minutes=1)), partition=2, offset=5)]
+    for records in (twice, twice[::-1]):
+        (letter,) = gather(records)
+        assert (letter.id, letter.state) == ("0-0", State.OPEN)
+        for name in ("0-0", "2-5"):
+            (letter,) = gather([*records, resolved(name, State.DROPPED)])
+            assert (letter.id, letter.state) == ("0-0", State.DROPPED)
+    other = dead().model_copy(update={"original": replace(dead().original, timestamp=2)})
+    assert len(gather([*twice, written(other, offset=9)])) == 2, "of a topic that was made anew"
 
 
 def test_what_others_put_on_the_topic_is_left_alone() -> None:

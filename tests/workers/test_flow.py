@@ -202,7 +202,7 @@ class Ingesting(RuleBasedStateMachine):
         assert not self.flow._lanes, "an agent without mail leaves nothing behind"
 
 
-Ingesting.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+Ingesting.TestCase.settings = settings(max_examples=150, stateful_step_count=60)
 TestIngesting = Ingesting.TestCase
 
 

@@ -347,6 +347,65 @@ def test_a_key_that_one_agent_misses_does_not_keep_the_event_from_another() -> N
     assert "'logistics'" in route.rejected.message
 
 
+# Order: who waits for a dead letter.
+
+
+def strict(name: str, *subscriptions: Subscription, tenant: str = "default") -> AgentSpec:
+    return AgentSpec(name=name, tenant=tenant, instructions="x", order="strict", subscriptions=list(subscriptions))
+
+
+STRICT = Routes(
+    [
+        strict("ledger", Subscription(topic="store", types=["order.*"], key="data.id")),
+        strict("guard", Subscription(topic="alarms")),
+        strict("audit", Subscription(topic="store"), tenant="acme"),
+        AgentSpec(name="care", instructions="x", subscriptions=[Subscription(topic="store")]),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("topic", "key", "found", "held"),
+    [
+        ("store", b"k", None, ["ledger", "audit"]),
+        ("alarms", b"k", None, ["guard"]),
+        ("elsewhere", b"k", None, []),
+        (names.EVENTS_TOPIC, b"k", None, ["ledger", "guard", "audit"]),
+        ("store", None, None, []),
+        ("store", b"", None, []),
+        ("store", b"\xff", None, []),
+        ("store", b"k" * 1000, None, []),
+        ("store", b"k", Event(id="1", source="s", type="order.paid", subject="k"), ["ledger"]),
+        ("store", b"k", Event(id="1", source="s", type="order.paid", subject="k", data={"id": "k"}), []),
+        ("store", b"k", Event(id="1", source="s", type="gossip"), ["audit"]),
+        ("store", b"k", Event(id="1", source="s", type="gossip", extensions={"tenant": "default"}), []),
+        (names.EVENTS_TOPIC, b"k", Event(id="1", source="s", type="x", extensions={"agent": "guard"}), ["guard"]),
+        (names.EVENTS_TOPIC, b"k", Event(id="1", source="s", type="x", extensions={"agent": "nobody"}), []),
+    ],
+)
+def test_a_dead_letter_holds_the_strict_agents_it_may_have_been_for(
+    topic: str, key: bytes | None, found: Event | None, held: list[str]
+) -> None:
+    """Issue 3, `order: strict`: those that read the topic, at the record's key, and that it did not reach."""
+    rejected = Record(topic, 0, 7, 1, key, b"{")
+    addresses = STRICT.held(rejected, found)
+    assert [address.agent for address in addresses] == held
+    assert all(address.key == "k" for address in addresses)
+
+
+def test_only_agents_that_say_so_are_strict() -> None:
+    """The default lets later events pass."""
+    assert STRICT.is_strict(Address("acme", "audit", "k"))
+    assert not STRICT.is_strict(Address("default", "care", "k"))
+    assert not STRICT.is_strict(Address("default", "nobody", "k"))
+
+
+def test_nobody_may_send_what_is_ours_alone() -> None:
+    """A hold or a release that came by Kafka would let anybody stop an agent, or let its mail pass."""
+    for kind in (names.HOLD_TYPE, names.RELEASE_TYPE):
+        assert rejection(structured(type=kind)).reason is Reason.BAD_ATTRIBUTE
+
+
 # Dead letters.
 
 RECORDS = st.builds(

@@ -21,10 +21,10 @@ from temporalio.exceptions import ApplicationError
 
 from activities.endpoints import Answer, FinalError, ModelsConfig, PoolConfig, Pools
 from activities.entries import Entry, Message, ToolMessage, UserMessage
+from workers.ports import free_port
 from workers.rehearsal import Counts, main, serving
 from workers.rehearsal_rules import Rules
 from workers.settings import Settings
-from workers.wiring import free_port
 from workflows.messages import ToolOutcome
 from workflows.spec import ToolDefinition
 

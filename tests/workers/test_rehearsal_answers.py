@@ -289,7 +289,7 @@ RESULTS = st.sampled_from(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.lists(TEXTS, min_size=1, max_size=4), min_size=1, max_size=3), RESULTS, RESULTS)
 def test_every_turn_ends(turns: list[list[str]], look: str, act: str) -> None:
     """No call is repeated for ever: each turn comes to an answer, after as many steps as were asked for at most."""

@@ -13,14 +13,17 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import JsonValue
+from pydantic_ai.tools import Tool
 
-from activities import demo_store, documents
-from activities.conversation import EARLIER, LEFT_OUT
+from activities import demo_carrier, demo_store, documents
+from activities.conversation import EARLIER, LEFT_OUT, REMINDER
+from activities.memory_tools import memory_tools
 from activities.model import render
 from workers.rehearsal_protocol import Answer, Call
 from workers.rehearsal_rules import Applied, Before, Result, Rules, Told, read_event, read_result
 from workflows import names
 from workflows.events import Event
+from workflows.spec import MemorySpec
 
 NOTHING_BEFORE = Before([], Counter())
 
@@ -71,7 +74,7 @@ def test_what_a_person_wrote_is_a_question() -> None:
         assert read_event(text) == question(text)
 
 
-@pytest.mark.parametrize("text", [EARLIER, LEFT_OUT])
+@pytest.mark.parametrize("text", [EARLIER, LEFT_OUT, f"{REMINDER}\n- Has a dog. [0, key, kept 2026-01-02]"])
 def test_what_stands_for_a_gap_tells_nothing(text: str) -> None:
     """The conversation's own remarks are not answered."""
     assert read_event(text) is None
@@ -284,7 +287,15 @@ TOOLS = (
     "recent_logins",
     "lock_account",
     "send_text_message",
+    "track_parcel",
+    *(tool.name for tool in memory_tools(MemorySpec())),
 )
+
+
+def properties(tool: Tool[None]) -> dict[str, Any]:
+    """The arguments of a tool, as its schema has them."""
+    found: dict[str, Any] = tool.tool_def.parameters_json_schema["properties"]
+    return found
 
 
 def demo_events() -> list[Event]:
@@ -316,10 +327,12 @@ def test_every_event_of_the_demo_meets_a_rule() -> None:
 def test_a_call_of_the_demo_has_arguments_that_its_tool_knows() -> None:
     """The rules call the store's tools as these are declared, and what they mention of an event is in the events."""
     store, _ = documents.read(STORE, Rules)
+    of_memory = {tool.name: set(properties(tool)) for tool in memory_tools(MemorySpec())}
     for rule in store.rules:
         for call in rule.calls:
-            parameters = getattr(demo_store, call.tool).__annotations__
-            assert set(call.arguments) <= set(parameters) - {"return"}, (rule.name, call.tool)
+            home = demo_carrier if call.tool == "track_parcel" else demo_store
+            known = of_memory.get(call.tool) or set(getattr(home, call.tool).__annotations__) - {"return"}
+            assert set(call.arguments) <= known, (rule.name, call.tool)
     fields = {name for one in demo_events() if isinstance(one.data, dict) for name in one.data}
     rules_only = "\n".join(line for line in STORE.read_text(encoding="utf-8").splitlines() if "#" not in line)
     mentioned = set(re.findall(r"\bdata\.(\w+)", rules_only))

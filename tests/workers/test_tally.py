@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -40,7 +41,8 @@ class Run:
     def __init__(self, lines: list[tuple[str, bytes]], *specs: AgentSpec) -> None:
         self.lines = lines
         self.expected: Expected = expect(lines, Routes(specs or [DESK]))
-        self.totals = Totals(agents=1, entries=3, snapshots=0, calls_begun=3, calls_repeated=0, calls_paid_twice=0)
+        self.totals = Totals(agents=1, entries=3, snapshots=0, calls_begun=3, calls_repeated=0)
+        self.asked: dict[str, float] | None = {}
         self.dead_letters = [(TOPIC, 0, offset) for offset in range(self.expected.rejected)]
         self.duplicates = [f"duplicate-{number}" for number in range(self.expected.repeated)]
         pairs = list(self.expected.pairs)
@@ -56,6 +58,7 @@ class Run:
             duplicates=self.duplicates,
             dead_letters=self.dead_letters,
             totals=self.totals,
+            asked=self.asked,
         )
 
 
@@ -91,6 +94,19 @@ def test_a_run_in_which_all_went_well_is_kept() -> None:
     assert tally.kept
     assert (tally.events_in, tally.accepted, tally.duplicates, tally.dead_letters, tally.skipped) == (6, 3, 1, 1, 1)
     assert (tally.replies, tally.failed, tally.lost, tally.answered_twice, tally.paid_twice) == (3, 0, 0, 0, 0)
+
+
+def test_a_call_that_the_provider_was_asked_for_when_its_answer_was_recorded_is_paid_twice() -> None:
+    """P6, counted at the provider; asked for again before there was an answer is no such call."""
+    run = Run([line(1), line(2)])
+    recorded = datetime.fromisoformat(run.entries[0].recorded_at).timestamp()
+    keys = [names.call_key(entry.workflow_id, entry.turn, entry.step) for entry in run.entries]
+    run.asked = {keys[0]: recorded - 0.5, keys[1]: recorded - 3}
+    assert (run.count().paid_twice, run.count().kept) == (0, True)
+    run.asked[keys[1]] = recorded + 0.5
+    assert (run.count().paid_twice, run.count().kept) == (1, False)
+    run.asked = None
+    assert (run.count().paid_twice, run.count().kept) == (None, True), "a provider that does not count"
 
 
 def test_an_event_for_two_agents_counts_at_each() -> None:
@@ -135,14 +151,11 @@ def test_an_event_in_two_turns_of_the_ledger_is_one_too_many() -> None:
     assert (tally.answered_twice, tally.kept) == (1, False)
 
 
-def test_calls_that_were_paid_twice_break_the_promise_and_calls_made_again_do_not() -> None:
+def test_calls_made_again_break_no_promise() -> None:
     """A call cut off before its result was recorded has to be made again."""
     run = Run([line(1)])
     run.totals = run.totals.model_copy(update={"calls_repeated": 4})
     assert run.count().kept
-    run.totals = run.totals.model_copy(update={"calls_paid_twice": 1})
-    tally = run.count()
-    assert (tally.paid_twice, tally.kept) == (1, False)
 
 
 @pytest.mark.parametrize("missing", ["duplicates", "dead_letters"])

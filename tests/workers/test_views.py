@@ -8,13 +8,16 @@ from datetime import UTC, datetime
 import pytest
 from pydantic import JsonValue
 
-from activities.entries import AssistantMessage, Entry, ToolMessage, UserMessage
+from activities.entries import AssistantMessage, Entry, Fact, MemoryMessage, ToolMessage, UserMessage
+from activities.memory import Forgetting, KeptFact
 from workers import views
 from workers.doctor import Check
+from workers.history import Node, Plan, TreeReport
 from workers.report import AgentReport
 from workflows import names
 from workflows.events import Event
-from workflows.messages import Reply, ToolCall, ToolOutcome, TurnOutcome, Usage
+from workflows.messages import MadeCall, Reply, Rewound, ToolCall, ToolOutcome, TurnOutcome, Usage
+from workflows.spec import Scope
 from workflows.state import AgentState
 
 WHO = "store/logistics/order-42"
@@ -29,6 +32,33 @@ REPLY = Reply(
     tool_calls=1,
     model="rehearsal",
     rehearsal=True,
+)
+
+REWOUND = Rewound(
+    id="r-1",
+    workflow_id=WORKFLOW_ID,
+    turn=4,
+    head="a" * 64,
+    head_turn=2,
+    head_step=1,
+    old_head="b" * 64,
+    by="ann",
+    reason="lunch",
+    steps=3,
+    calls_total=1,
+    recorded_at="2026-03-01T12:00:00+00:00",
+)
+
+
+FACT = Fact(
+    id="0123456789abcdef",
+    text="Has a\ndog.",
+    scope=Scope.KEY,
+    pinned=True,
+    workflow_id=WORKFLOW_ID,
+    turn=3,
+    entry="e" * 64,
+    kept_at="2026-03-01T12:00:00+00:00",
 )
 
 
@@ -72,6 +102,19 @@ def test_a_reply_of_a_turn_that_failed_tells_why() -> None:
     [
         (names.AGENT_PAUSED_TYPE, {"by": "ann", "reason": "lunch"}, f"paused     {WHO}  by ann: lunch"),
         (names.AGENT_STOPPED_TYPE, {"by": "", "reason": ""}, f"stopped    {WHO}  by somebody"),
+        (
+            names.AGENT_REWOUND_TYPE,
+            REWOUND.model_dump(mode="json"),
+            (
+                f"rewound    {WHO}  goes on behind entry aaaaaaaaaaaa (turn 2, step 1); 3 steps left at entry "
+                "bbbbbbbbbbbb, with 1 tool call that a rewind does not undo, by ann: lunch"
+            ),
+        ),
+        (
+            names.AGENT_FORKED_TYPE,
+            REWOUND.model_copy(update={"old_head": None, "reason": ""}).model_dump(mode="json"),
+            f"forked     {WHO}  begins behind entry aaaaaaaaaaaa (turn 2, step 1), by ann",
+        ),
         (names.DUPLICATE_TYPE, {"source": "/s", "id": "7", "type": "t"}, f"duplicate  {WHO}  dropped t 7 of /s"),
         (names.REPLY_TYPE, {"odd": True}, f"reply      {WHO}  of a form not known here: {{'odd': True}}"),
         ("store.news", {"a": 1}, f"store.news  {WHO}  {{'a': 1}}"),
@@ -107,6 +150,27 @@ def test_a_step_of_the_transcript_shows_what_was_said_in_its_order() -> None:
         "  agent: Wait.",
         '  calls: look_up {"id": 1}',
     ]
+
+
+def test_a_transcript_shows_what_the_agent_was_reminded_of() -> None:
+    """A line for each fact, with the id by which it is forgotten."""
+    messages = [MemoryMessage(facts=[FACT]), UserMessage(text="Who barks?")]
+    recorded = Entry(workflow_id=WORKFLOW_ID, turn=4, step=1, parent=None, messages=messages, recorded_at=FACT.kept_at)
+    assert [text.plain for text in views.entry(recorded)][1:] == [
+        "  recalls: Has a\n    dog. (key, 0123456789abcdef)",
+        "  event: Who barks?",
+    ]
+
+
+def test_a_fact_is_a_row_with_its_provenance() -> None:
+    """Which fact, whose, since when, from which agent, turn and entry; if it is forgotten, by whom and why."""
+    gone = Forgetting(by="alice", why="it ran away", at="2026-03-02T12:00:00+00:00")
+    fact_id, scope, at, origin, text = views.kept_fact(KeptFact(fact=FACT))
+    assert (fact_id, scope, at[:11]) == (FACT.id, "key", "2026-03-01 ")
+    assert (origin, text) == (f"{WHO}, turn 3, entry {'e' * 12}", "Has a dog. (pinned)")
+    assert re.sub(r"\d\d:\d\d:\d\d", "...", views.kept_fact(KeptFact(fact=FACT, forgotten=gone))[4]) == (
+        "Has a dog. (pinned; forgotten 2026-03-02 ... by alice: it ran away)"
+    )
 
 
 def test_an_agent_that_does_not_answer_is_still_shown() -> None:
@@ -161,3 +225,88 @@ def test_the_doctor_says_for_each_thing_what_to_do() -> None:
         "                       → Start one\n"
         "unclear  disk          ?"
     )
+
+
+def node(name: str, parent: str | None, turn: int, **more: object) -> Node:
+    """An entry in a tree; its id is its name, many times over."""
+    given = {"heard": [f"heard {turn}"], "said": f"said {turn}", "calls": [], "rehearsal": False, "error": None}
+    place = {"entry": name * 64, "parent": parent * 64 if parent else None, "agent": WHO, "turn": turn, "step": 1}
+    marks = {"live": False, "head": False, "forks": [], "left": [], "recorded_at": "2026-03-01T12:00:00+00:00"}
+    return Node.model_validate({**given, **place, **marks, **more})
+
+
+def drawn(nodes: list[Node], **more: object) -> list[str]:
+    told = TreeReport.model_validate(
+        {"agent": WHO, "workflow_id": WORKFLOW_ID, "head": None, "entries": len(nodes), "nodes": nodes, **more}
+    )
+    return [re.sub(r"left \d+-\d+-\d+ \S+", "left AT", line.plain.rstrip()) for line in views.tree(told)]
+
+
+def test_a_tree_is_drawn_with_its_branches_beside_the_conversation() -> None:
+    """The conversation goes straight down, what was left is indented beside it, however long; the head is marked."""
+    nodes = [
+        node("a", None, 1, live=True, forks=["store/logistics/order-42-b"]),
+        node("b", "a", 2),
+        node("c", "b", 3),
+        node("d", "b", 4, calls=["look", "refund"], said="", left=[REWOUND]),
+        node("e", "a", 5, error="no\nmoney"),
+        node("f", "a", 6, live=True),
+        node("0", "f", 7, live=True, head=True, heard=["x" * 80], said="y\x1b[31m" + "z" * 100, rehearsal=True),
+    ]
+    assert drawn(nodes) == [
+        f"{WHO}  7 entries",
+        "● turn 1, step 1 · aaaaaaaaaaaa · heard 1 → said 1",
+        "    fork: store/logistics/order-42-b begins here",
+        "├─ ○ turn 2, step 1 · bbbbbbbbbbbb · heard 2 → said 2",
+        "│  ├─ ○ turn 3, step 1 · cccccccccccc · heard 3 → said 3",
+        "│  ○ turn 4, step 1 · dddddddddddd · heard 4 → calls look, refund",
+        "│      left AT by ann: lunch",
+        "├─ ○ turn 5, step 1 · eeeeeeeeeeee · heard 5 → no money",
+        "● turn 6, step 1 · ffffffffffff · heard 6 → said 6",
+        f"● turn 7, step 1 · 000000000000 · {'x' * 49}… → [rehearsal] y\\x1b[31m{'z' * 68}…  ← head",
+    ]
+
+
+def test_a_tree_says_what_it_does_not_show_and_whose_an_entry_is() -> None:
+    """Earlier entries, and those that a fork shares with another agent."""
+    nodes = [
+        node("b", "a", 2, agent="store/logistics/order-1", live=True),
+        node("c", "b", 1, live=True, head=True),
+    ]
+    assert drawn(nodes, entries=1, forked_from="store/logistics/order-1") == [
+        f"{WHO}  1 entry, forked from store/logistics/order-1",
+        "⋮ earlier entries are not shown",
+        "● turn 2, step 1 · bbbbbbbbbbbb · store/logistics/order-1 · heard 2 → said 2",
+        "● turn 1, step 1 · cccccccccccc · heard 1 → said 1  ← head",
+    ]
+
+
+def test_a_deep_tree_is_drawn() -> None:
+    """A thousand branches, one off the other."""
+    nodes = [node("a", None, 1)]
+    for turn in range(2, 1002):
+        name, parent = f"{turn:x}.", f"{turn - 1:x}." if turn > 2 else "a"
+        nodes += [node(name, parent, turn), node(f"{turn:x}:", parent, turn)]
+    assert len(drawn(nodes)) == 1 + len(nodes)
+
+
+def test_a_plan_names_what_a_rewind_does_not_undo() -> None:
+    """Each call with its arguments, its outcome and whether it may be repeated; and how many are not named."""
+    calls = [
+        MadeCall(turn=3, step=1, name="refund", arguments='{"n":\n1}', outcome=ToolOutcome.OK, repeatable=False),
+        MadeCall(turn=3, step=2, name="look", arguments="{}", outcome=ToolOutcome.UNKNOWN, repeatable=True),
+        MadeCall(turn=3, step=2, name="fly", arguments="{}", outcome=ToolOutcome.ERROR),
+    ]
+    plan = Plan(agent=WHO, head="b" * 64, entry="a" * 64, turn=2, step=1, steps=3, calls=calls, calls_total=5)
+    assert [line.plain for line in views.plan(plan)] == [
+        f"{WHO} goes back to entry aaaaaaaaaaaa (turn 2, step 1): 3 steps left on a branch",
+        "Tool calls were made there; a rewind does not undo them:",
+        '  turn 3, step 1  refund {"n": 1}  ok, not repeatable',
+        "  turn 3, step 2  look {}  unknown, repeatable",
+        "  turn 3, step 2  fly {}  error, no such tool",
+        "  and 2 more",
+    ]
+    quiet = plan.model_copy(update={"calls": [], "calls_total": 0, "steps": 1})
+    assert [line.plain for line in views.plan(quiet)] == [
+        f"{WHO} goes back to entry aaaaaaaaaaaa (turn 2, step 1): 1 step left on a branch"
+    ]

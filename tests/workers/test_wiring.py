@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import signal
 import socket
@@ -17,9 +18,14 @@ from pathlib import Path
 import pytest
 from fakes import World, event
 from servers import TemporalServer, eventually
+from temporalio.api.workflowservice.v1 import SignalWithStartWorkflowExecutionRequest
+from temporalio.client import Client
+from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.runtime import Runtime
+from temporalio.service import RPCError
 
 from workers import exits, wiring
+from workers.ports import free_port
 from workers.settings import Settings
 from workflows import names
 from workflows.events import Delivery
@@ -122,7 +128,7 @@ async def test_one_address_serves_our_metrics_and_the_sdk_s(tmp_path: Path, temp
         "    ready.touch()\n"
         "    await stop.wait()"
     )
-    address = f"127.0.0.1:{wiring.free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     variables = {"PERENNIAL_METRICS_ADDRESS": address, "PERENNIAL_TEMPORAL_ADDRESS": temporal_server.address}
     with process(tmp_path, body, **variables) as (child, ready):
         await eventually(ready.exists)
@@ -138,6 +144,28 @@ def _scrape(address: str) -> str:
     with urllib.request.urlopen(f"http://{address}/metrics") as answer:
         text: str = answer.read().decode()
         return text
+
+
+async def test_a_delivery_that_fails_is_gone_at_once(temporal_server: TemporalServer) -> None:
+    """P5: in an outage deliveries fail again and again; what they were made of is not left to the garbage collector."""
+    client = await Client.connect(temporal_server.address, namespace="nowhere", data_converter=pydantic_data_converter)
+
+    def requests() -> int:
+        return sum(type(kept) is SignalWithStartWorkflowExecutionRequest for kept in gc.get_objects())
+
+    failed = 0
+    gc.collect()
+    before = requests()
+    gc.disable()
+    try:
+        for _ in range(3):
+            try:
+                await wiring.deliver(client, "queue", Address("store", "desk", "order-42"), [event("x")])
+            except RPCError:
+                failed += 1
+        assert (failed, requests()) == (3, before)
+    finally:
+        gc.enable()
 
 
 def test_an_agent_is_started_so_that_it_reads_well_in_the_web_ui() -> None:

@@ -8,6 +8,7 @@ again, unless no release has made that history.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import sys
 from collections.abc import Awaitable, Callable
@@ -19,15 +20,26 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fakes import World, answer, event
 from servers import TemporalServer, eventually
-from temporalio.client import Client, WithStartWorkflowOperation, WorkflowHandle
+from temporalio.client import Client, WithStartWorkflowOperation, WorkflowHandle, WorkflowUpdateFailedError
 from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.exceptions import ApplicationError
 
 from workers.wiring import start_options
 from workflows import names
-from workflows.events import Delivery, Event
-from workflows.messages import AskRequest, Decision, Intervention, Reply, Status, ThinkRequest, ToolCall, ToolResult
+from workflows.events import Delivery, Event, hold, hold_digest, release
+from workflows.messages import (
+    AskRequest,
+    Decision,
+    Intervention,
+    Reply,
+    RewindRequest,
+    Rewound,
+    Status,
+    ThinkRequest,
+    ToolCall,
+    ToolResult,
+)
 from workflows.names import Address
 from workflows.spec import BudgetSpec, ControlSpec, MailboxSpec, ToolControl
 from workflows.state import AgentInput
@@ -80,6 +92,20 @@ class Life:
 
     async def steer(self, update: str) -> None:
         await self.handle.execute_update(update, _ME, result_type=Status)
+
+    async def move(self, update: str, entry: str) -> None:
+        """Rewind it, or begin it as a fork."""
+        await self.client.execute_update_with_start_workflow(
+            update,
+            RewindRequest(entry=entry, by=_ME.by, reason=_ME.reason),
+            start_workflow_operation=WithStartWorkflowOperation(
+                names.WORKFLOW_TYPE,
+                AgentInput(),
+                id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+                **start_options(self.address, _QUEUE),
+            ),
+            result_type=Rewound,
+        )
 
     async def replies(self, count: int) -> None:
         """Wait until so many are published."""
@@ -226,6 +252,61 @@ async def hibernated(life: Life) -> None:
     await life.handle.result()
 
 
+async def held(life: Life) -> None:
+    """Mail behind two dead letters: a question passes, one is redriven, the other dropped; idle, it does not sleep."""
+    life.world.spec = ControlSpec(digest="s", hibernate_after=timedelta(seconds=1))
+    await life.deliver(event(1), hold("t/0/2", "not JSON"), event(3), hold("t/0/4", "not JSON"), event(5))
+    await life.replies(1)
+    await life.ask("q-1")
+    await life.deliver(event(2).model_copy(update={"fills": hold_digest("t/0/2")}))
+    await life.replies(3)
+    await life.deliver(release("t/0/4", "ada", "a test"))
+    await life.replies(4)
+    await life.handle.result()
+
+
+async def rewound(life: Life) -> None:
+    """Rewound while idle, in mid-turn, with mail waiting, and asleep."""
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def think(request: ThinkRequest) -> Decision:
+        if any(e.id == "event-slow" for e in request.events):
+            begun.set()
+            await go_on.wait()
+        return answer("done", request)
+
+    life.world.think_with = think
+    await life.deliver(event(1))
+    await life.replies(1)
+    first = life.world.replies[0].entry
+    assert first
+    await life.deliver(event(2))
+    await life.replies(2)
+    await life.move(names.REWIND, first)
+    await life.deliver(event("slow"))
+    await begun.wait()
+    rewinding = asyncio.create_task(life.move(names.REWIND, first))
+    await life.deliver(event(3))
+    go_on.set()
+    await rewinding
+    await life.replies(4)
+    await life.stop()
+    await life.move(names.REWIND, first)
+    await life.deliver(event(4))
+    await life.replies(5)
+    await life.stop()
+
+
+async def forked(life: Life) -> None:
+    """Begins behind another agent's entry; the same again is refused."""
+    await life.move(names.FORK, "an entry of another")
+    with contextlib.suppress(WorkflowUpdateFailedError):
+        await life.move(names.FORK, "another entry")
+    await life.deliver(event(1))
+    await life.replies(1)
+    await life.stop()
+
+
 _STACK_TRACE = re.compile(r'"stackTrace": "(?:[^"\\]|\\.)*"')
 
 LIVES: tuple[Callable[[Life], Awaitable[None]], ...] = (
@@ -238,6 +319,9 @@ LIVES: tuple[Callable[[Life], Awaitable[None]], ...] = (
     failed,
     cancelled,
     hibernated,
+    held,
+    rewound,
+    forked,
 )
 
 

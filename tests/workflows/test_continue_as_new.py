@@ -12,7 +12,7 @@ from fakes import World, answer, event
 from servers import TemporalServer, eventually
 from talking import ask, deliver
 from temporalio import activity, workflow
-from temporalio.client import Client
+from temporalio.client import Client, WorkflowUpdateFailedError
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.worker import (
     ContinueAsNewInput,
@@ -23,7 +23,17 @@ from temporalio.worker import (
 from typing_extensions import override
 
 from workflows import names
-from workflows.messages import Decision, Intervention, Reply, Status, ThinkRequest, ToolCall, ToolResult
+from workflows.messages import (
+    Decision,
+    Intervention,
+    Reply,
+    RewindRequest,
+    Rewound,
+    Status,
+    ThinkRequest,
+    ToolCall,
+    ToolResult,
+)
 from workflows.spec import BudgetSpec, ControlSpec, MailboxSpec, ToolControl
 
 SUGGEST_AFTER = 40
@@ -323,3 +333,52 @@ async def test_a_stop_in_the_middle_of_a_turn_is_kept_through_continue_as_new(
         finally:
             if agent_id not in world.snapshots:
                 await stop(brief, agent_id)
+
+
+async def test_a_rewind_that_waits_for_a_long_turn_does_not_hold_its_run_open(
+    brief: Client, queue: str, agent_id: str, meddler: Meddler
+) -> None:
+    """P7, P8: the turn goes on in the next run, whoever asked asks again there, and is served when the turn is over."""
+    think, spec = many_steps(12)
+    at_step = asyncio.Event()
+    asked = asyncio.Event()
+
+    async def patient(request: ThinkRequest) -> Decision:
+        if (request.turn, request.step) == (2, 2):
+            at_step.set()
+            await asked.wait()
+        return think(request) if request.turn == 2 else answer("ok", request)
+
+    world = World(think_with=patient, tool=lambda request: look(request.call.name, request.call.id), spec=spec)
+    refused: list[str] = []
+
+    async def rewind(entry: str) -> Rewound:
+        while True:
+            handle = brief.get_workflow_handle(agent_id)
+            try:
+                made: Rewound = await handle.execute_update(
+                    names.REWIND, RewindRequest(entry=entry, id="r-1"), result_type=Rewound
+                )
+            except WorkflowUpdateFailedError as error:
+                refused.append(getattr(error.cause, "type", str(error.cause)))
+            else:
+                return made
+
+    async with world.workers(brief, queue):
+        await deliver(brief, agent_id, queue, event(1))
+        await eventually(lambda: len(world.replies) == 1)
+        first = world.thoughts[0]
+        await deliver(brief, agent_id, queue, event(2))
+        await at_step.wait()
+        rewinding = asyncio.create_task(rewind(answer("", first).head))
+        asked.set()
+        made = await rewinding
+        await eventually(lambda: len(world.replies) == 2)
+        assert len(meddler.runs) >= 1
+        await deliver(brief, agent_id, queue, event(3))
+        await eventually(lambda: len(world.replies) == 3)
+        await stop(brief, agent_id)
+    assert set(refused) == {names.MOVING}
+    assert made.turn == 2
+    assert world.thoughts[-1].head == answer("", first).head
+    assert [r.turn for r in world.thoughts if r.step == 1] == [1, 2, 3]

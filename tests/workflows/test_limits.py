@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from datetime import UTC, datetime
 
 import pytest
 from fakes import World, answer, event
@@ -20,7 +21,7 @@ from temporalio.client import (
 from temporalio.contrib.pydantic import pydantic_data_converter
 
 from workflows import names
-from workflows.events import Event
+from workflows.events import Event, Outgoing
 from workflows.mailbox import Mailbox, size
 from workflows.messages import Decision, Intervention, Reply, Status, ThinkRequest, ToolCall, ToolResult
 from workflows.spec import ControlSpec, MailboxSpec, ToolControl
@@ -218,3 +219,13 @@ def test_what_waits_is_weighed(sizes: list[int]) -> None:
         assert len(taken) == 1 or sum(size(one) for one in taken) <= 512 * 1024
     assert mailbox.waiting_bytes == 0
     assert AgentState(mailbox=mailbox).fits
+
+
+@given(replies=st.integers(0, 30), mail=st.integers(0, 8))
+def test_what_is_carried_is_weighed_with_what_is_not_published_yet(replies: int, mail: int) -> None:
+    """A turn that continues as new in its middle carries its outbox along: thousands of reported duplicates, say."""
+    said = Outgoing(topic="t", id="i", type="t", source="s", time=datetime(2026, 11, 25, tzinfo=UTC), data={"x": LARGE})
+    state = AgentState(outbox=[said] * replies)
+    state.mailbox.accept([event(number, data=LARGE) for number in range(mail)], horizon=100)
+    assert not state.fits or len(state.model_dump_json()) < 1_600_000
+    assert state.fits or replies + mail > 4

@@ -16,6 +16,12 @@ ADDRESSES = st.builds(Address, PARTS, PARTS, PARTS)
 GOLDEN = {
     "WORKFLOW_TYPE": "AgentWorkflow",
     "MOVING": "Moving",
+    "REFUSED": "Refused",
+    "GONE_ON": "GoneOn",
+    "REWIND": "rewind",
+    "FORK": "fork",
+    "IDEMPOTENCY_META": "perennial/idempotencyKey",
+    "READ_RESULT": "read_result",
     "DELIVER": "deliver",
     "ASK": "ask",
     "PAUSE": "pause",
@@ -33,7 +39,12 @@ GOLDEN = {
     "AGENT_PAUSED_TYPE": "perennial.agent.paused.v1",
     "AGENT_RESUMED_TYPE": "perennial.agent.resumed.v1",
     "AGENT_STOPPED_TYPE": "perennial.agent.stopped.v1",
+    "AGENT_REWOUND_TYPE": "perennial.agent.rewound.v1",
+    "AGENT_FORKED_TYPE": "perennial.agent.forked.v1",
     "ASK_TYPE": "perennial.ask.v1",
+    "HOLD_TYPE": "perennial.hold.v1",
+    "RELEASE_TYPE": "perennial.release.v1",
+    "HOLD_SOURCE": "perennial/dead-letters",
     "TENANT_ATTRIBUTE": "PerennialTenant",
     "AGENT_ATTRIBUTE": "PerennialAgent",
     "STATE_ATTRIBUTE": "PerennialState",
@@ -111,7 +122,7 @@ def test_the_workflow_answers_to_these_names() -> None:
     definition = AgentWorkflow.__temporal_workflow_definition  # type: ignore[attr-defined]
     assert definition.name == names.WORKFLOW_TYPE
     assert set(definition.signals) == {names.DELIVER}
-    assert set(definition.updates) == {names.ASK, names.PAUSE, names.RESUME, names.STOP}
+    assert set(definition.updates) == {names.ASK, names.PAUSE, names.RESUME, names.STOP, names.REWIND, names.FORK}
     assert set(definition.queries) == {names.STATUS}
 
 
@@ -140,3 +151,11 @@ def test_a_workflow_id_of_something_else_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected agent/TENANT/AGENT/KEY") as refused:
         names.parse_workflow_id(text)
     assert repr(text) in str(refused.value)
+
+
+def test_where_facts_are_kept_never_changes() -> None:
+    """They would be there and not be found."""
+    address = Address("store", "customer-service", "a/b")
+    assert names.memory_place(address, "tenant") == "agent/store"
+    assert names.memory_place(address, "agent") == "agent/store/customer-service"
+    assert names.memory_place(address, "key") == names.workflow_id(address) == "agent/store/customer-service/a%2Fb"

@@ -21,9 +21,30 @@ from workflows import names
 from workflows.agent import AgentWorkflow
 from workflows.messages import Decision
 from workflows.state import AgentInput, CurrentTurn
+from workflows.turn import Turns
 
 HISTORIES = sorted((Path(__file__).parent / "histories").glob("*.json"))
-LIVES = ("plain", "tools", "duplicates", "question", "steered", "continued", "failed", "cancelled", "hibernated")
+LIVES = (
+    "plain",
+    "tools",
+    "duplicates",
+    "question",
+    "steered",
+    "continued",
+    "failed",
+    "cancelled",
+    "hibernated",
+    "held",
+    "rewound",
+    "forked",
+)
+
+
+class SilentTurns(Turns):
+    @override
+    def _end_turn(self, turn: CurrentTurn, decision: Decision) -> None:
+        super()._end_turn(turn, decision)
+        self._state.outbox.clear()
 
 
 @workflow.defn(name=names.WORKFLOW_TYPE)
@@ -33,16 +54,12 @@ class Silent(AgentWorkflow):
     @workflow.init
     def __init__(self, start: AgentInput | None = None) -> None:
         super().__init__(start)
+        self._turns = SilentTurns(self._life)
 
     @override
     @workflow.run
     async def run(self, start: AgentInput | None = None) -> None:
         await super().run(start)
-
-    @override
-    def _end_turn(self, turn: CurrentTurn, decision: Decision) -> None:
-        super()._end_turn(turn, decision)
-        self._state.outbox.clear()
 
 
 def history(file: Path) -> WorkflowHistory:

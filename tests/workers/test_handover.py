@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from temporalio.service import RPCError, RPCStatusCode
 
-from workers.ingest import Verdict, judge
+from workers.handover import Verdict, judge
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,180 @@
+"""`Life`: what the parts of an open agent share: its state, the mail that has just come, and its voice.
+
+`workflows.agent` has the handlers and the agent's days, `workflows.turn` a turn; both act through this. What it tells
+the world goes through the outbox of the state, so that it is published once, whatever dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, TypeVar
+
+from pydantic import JsonValue
+from temporalio import workflow
+from temporalio.common import SearchAttributeKey
+from temporalio.exceptions import ActivityError, FailureError, is_cancelled_exception
+from temporalio.types import MethodAsyncSingleParam
+
+with workflow.unsafe.imports_passed_through():
+    from workflows import interface, names
+    from workflows.errors import failure_message
+    from workflows.events import Event, Outgoing
+    from workflows.messages import Intervention, PublishRequest, Reply, Rewound, SpecRequest
+    from workflows.spec import ControlSpec
+    from workflows.state import AgentInput, AgentState
+
+STATE_ATTRIBUTE = SearchAttributeKey.for_keyword(names.STATE_ATTRIBUTE)
+_DEFAULT_HORIZON = 2000  # ids remembered before the spec is known
+_Request = TypeVar("_Request")
+_Result = TypeVar("_Result")
+
+
+class Life:
+    """An agent while its workflow is open."""
+
+    def __init__(self, workflow_id: str, address: names.Address, state: AgentState) -> None:
+        self.id = workflow_id
+        self.address = address
+        self.state = state
+        self.inbox: list[Event] = []
+        """Mail not yet in the mailbox: it may arrive before the agent has found its state."""
+        self.replies: dict[str, Reply] = {}
+        """Replies that an `ask` still waits for, by the digest of its event."""
+        self.asking: dict[str, int] = {}
+        """How many `ask`s wait for the answer to an event, by its digest."""
+        self.rewinding = asyncio.Lock()
+        """Held by a rewind: no turn begins meanwhile."""
+
+    def sort_mail(self) -> None:
+        """Move mail into the mailbox. Waits for nothing, so nothing can arrive in between."""
+        horizon = self.state.spec.mailbox.remember_ids if self.state.spec else _DEFAULT_HORIZON
+        arrived, self.inbox = self.inbox, []
+        duplicates = self.state.mailbox.accept(arrived, horizon=horizon)
+        for number, event in enumerate(duplicates, self.state.mailbox.duplicates - len(duplicates) + 1):
+            if event.digest not in self.asking:
+                self.state.note(workflow.now(), f"duplicate dropped: {event.type} {event.id}")
+                self.say(
+                    names.DUPLICATE_TYPE,
+                    f"duplicate-{number}-{event.digest}",
+                    {"source": event.source, "id": event.id, "type": event.type},
+                )
+
+    async def newest_spec(self) -> ControlSpec:
+        """The agent's spec as it is now; a turn keeps the one that it began with."""
+        known = self.state.spec
+        request = SpecRequest(
+            tenant=self.address.tenant, agent=self.address.agent, known_digest=known.digest if known else ""
+        )
+        spec = await self.quickly(interface.SpecActivities.load_spec, request, "the agent's spec") or known
+        assert spec is not None, "load_spec answers when no spec is known"
+        self.state.spec = spec
+        return spec
+
+    async def quickly(
+        self, method: MethodAsyncSingleParam[Any, _Request, _Result], request: _Request, summary: str
+    ) -> _Result:
+        """Call an activity within the workflow task; if that fails, as an activity whose retries an operator sees."""
+        try:
+            return await workflow.execute_local_activity_method(
+                method, request, summary=summary, **interface.LEDGER_LOCAL
+            )
+        except FailureError as error:  # the SDK puts no ActivityError around what a local activity raises
+            if is_cancelled_exception(error):
+                raise
+        return await workflow.execute_activity_method(method, request, summary=summary, **interface.LEDGER)
+
+    def continue_as_new_if_due(self) -> None:
+        """Go on in a new run, before the history grows long. Mail that has arrived goes along."""
+        if workflow.info().is_continue_as_new_suggested() and workflow.all_handlers_finished():
+            self.sort_mail()
+            if not self.state.fits:
+                return  # once there is less mail; until then ingest holds back what would make this run too long
+            workflow.continue_as_new(AgentInput(state=self.state))
+
+    # Telling the world -----------------------------------------------------------------------------------------------
+
+    def reply_event(self, reply: Reply) -> Outgoing:
+        """The event that carries a turn's answer to the reply topic."""
+        return Outgoing(
+            topic=names.REPLIES_TOPIC,
+            id=reply.id,
+            type=names.REPLY_TYPE,
+            source=self.id,
+            subject=self.address.key,
+            time=workflow.now(),
+            extensions={
+                "tenant": self.address.tenant,
+                "agent": self.address.agent,
+                "causationid": " ".join(reference.id for reference in reply.answers),
+            },
+            data=reply.model_dump(mode="json"),
+        )
+
+    def say(self, kind: str, what: str, data: dict[str, JsonValue]) -> None:
+        """Put a lifecycle event into the outbox."""
+        self.state.outbox.append(
+            Outgoing(
+                topic=names.ACTIVITY_TOPIC,
+                id=names.lifecycle_id(self.id, self.state.turn, what),
+                type=kind,
+                source=self.id,
+                subject=self.address.key,
+                time=workflow.now(),
+                extensions={"tenant": self.address.tenant, "agent": self.address.agent},
+                data=data,
+            )
+        )
+
+    def announce(self, kind: str, intervention: Intervention) -> None:
+        """Record that a person paused, resumed or stopped the agent."""
+        verb = kind.split(".")[-2]
+        why = f": {intervention.reason}" if intervention.reason else ""
+        self.state.note(workflow.now(), f"{verb} by {intervention.by or 'somebody'}{why}")
+        self.say(kind, f"{verb}-{workflow.uuid4()}", intervention.model_dump(mode="json"))
+        word = "active" if kind == names.AGENT_RESUMED_TYPE else verb
+        workflow.upsert_search_attributes([STATE_ATTRIBUTE.value_set(word)])
+
+    def announce_rewind(self, rewound: Rewound) -> None:
+        """Record that a person rewound or forked the agent."""
+        is_fork = rewound.old_head is None
+        verb, kind = ("forked", names.AGENT_FORKED_TYPE) if is_fork else ("rewound", names.AGENT_REWOUND_TYPE)
+        left = "" if is_fork else f", {count(rewound.steps, 'step')} left behind"
+        why = f": {rewound.reason}" if rewound.reason else ""
+        place = f"entry {rewound.head[:12]} (turn {rewound.head_turn}, step {rewound.head_step})"
+        self.state.note(workflow.now(), f"{verb} by {rewound.by or 'somebody'} to {place}{left}{why}")
+        self.say(kind, f"{verb}-{rewound.number}", rewound.model_dump(mode="json"))
+
+    async def publish(self) -> None:
+        """Put out some of what was decided; what is refused for ever is noted, and does not hold up the rest."""
+        messages = self.state.next_out()
+        try:
+            await workflow.execute_activity_method(
+                interface.PublishActivities.publish,
+                PublishRequest(messages=messages),
+                summary=f"turn {self.state.turn}: {count(len(messages), 'event')} out",
+                **interface.PUBLISH,
+            )
+        except ActivityError as error:
+            if is_cancelled_exception(error):
+                raise
+            self.state.note(workflow.now(), f"could not be published: {failure_message(error)}")
+        self.state.outbox = self.state.outbox[len(messages) :]
+
+    def show(self) -> None:
+        """What the Web UI shows of this agent under "Current Details"."""
+        state = self.state
+        recent = "\n".join(f"- {item.at:%Y-%m-%d %H:%M:%S} {item.text}" for item in reversed(state.recent))
+        workflow.set_current_details(
+            f"**Now:** {state.activity()[1]}\n\n"
+            f"**Waiting:** {len(state.mailbox.waiting)} events\n\n"
+            f"**Spent:** {state.usage.input_tokens} tokens in, {state.usage.output_tokens} out, "
+            f"{state.model_calls} model calls, {state.tool_calls} tool calls\n\n"
+            f"**So far:** {state.turn} turns, {state.mailbox.accepted} events accepted, "
+            f"{state.mailbox.duplicates} duplicates dropped, {state.failed_turns} failed turns\n\n"
+            f"**Recent**\n{recent}"
+        )
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
