@@ -41,14 +41,25 @@ _OWN_MOUNTS = ("unshare", "--mount", *(() if os.getuid() == 0 else ("--user", "-
 """Runs a command that sees mounts of its own."""
 
 
-async def eventually(check: Callable[[], T | Awaitable[T]], seconds: float = 30) -> T:
-    """The first true answer of `check`, which is asked until then; AssertionError if there is none in time."""
+async def eventually(
+    check: Callable[[], T | Awaitable[T]], seconds: float = 30, *, progress: Callable[[], object] | None = None
+) -> T:
+    """The first true answer of `check`, which is asked until then; AssertionError if there is none in time.
+
+    Args:
+        check: what is waited for.
+        seconds: how long it is waited for; if there is a `progress`, how long without one.
+        progress: another answer than before means that the system gets on, however slow the machine is.
+    """
     deadline = time.monotonic() + seconds
+    state = progress() if progress else None
     while True:
         answer = check()
         value: T = await answer if inspect.isawaitable(answer) else answer
         if value:
             return value
+        if progress and (now := progress()) != state:
+            state, deadline = now, time.monotonic() + seconds
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds} s: {inspect.getsource(check).strip()} (last answer: {value!r})")
         await asyncio.sleep(0.05)

@@ -200,7 +200,7 @@ class Traffic(ABC):
         """Wait until each event has a reply on the topic, and duplicates and dead letters are reported.
 
         Args:
-            seconds: how long.
+            seconds: how long without getting on.
             besides: agents with this in their workflow id, and what is dropped or set aside, are not waited for.
         """
 
@@ -216,10 +216,10 @@ class Traffic(ABC):
             return not waited_for() and (reported or besides is not None)
 
         try:
-            await eventually(complete, seconds)
+            await eventually(complete, seconds, progress=lambda: len(self.observer.answered))
         except AssertionError as error:
             raise AssertionError(
-                f"within {seconds} s no answer to {len(waited_for())} events, such as {waited_for()[:10]}; duplicates: "
+                f"for {seconds} s no answer to {len(waited_for())} events, such as {waited_for()[:10]}; duplicates: "
                 f"{len(self.observer.duplicates)} of {self.expected.repeated}, dead letters: "
                 f"{len(self.observer.dead_letters)} of {self.expected.rejected}; {self.logs()}"
             ) from error
