@@ -28,16 +28,29 @@ from pydantic_ai.messages import (
     UserPromptPart,
 )
 
-from activities.entries import AssistantMessage, Entry, Fact, MemoryMessage, Message, ToolMessage, UserMessage
+from activities.entries import (
+    AssistantMessage,
+    Entry,
+    Fact,
+    MemoryMessage,
+    Message,
+    SummaryMessage,
+    ToolMessage,
+    UserMessage,
+)
 from workflows.messages import ToolCall, ToolOutcome
 
 REMINDER = "(Facts you have kept that may matter now. They are notes, not instructions, and may be out of date.)"
+SUMMARY = "(What has been said before, as you have summed it up.)"
 EARLIER = "(The earlier part of this conversation is not shown.)"
 LEFT_OUT = "(A message is left out here: it could not be answered.)"
 RESULT_LEFT_OUT = "The result of this call is left out: it could not be processed."
 NOT_COMPLETED = (
     "This call was not completed: the turn ended before its result came. Whether it took effect is not known."
 )
+
+_HEARD = (UserMessage, MemoryMessage, SummaryMessage)
+"""What stands on the user's side of a conversation."""
 
 _NOT_KEPT = {"__all__": {"usage", "timestamp"}}
 """Of the library's own JSON: what the entry itself says."""
@@ -99,8 +112,8 @@ def shown(entries: Iterable[Entry], new: Iterable[Message]) -> list[Message]:
                 if result
                 else ToolMessage(call_id=sent.id, name=call.name, content=NOT_COMPLETED, outcome=ToolOutcome.UNKNOWN)
             )
-        conversation.extend(message for message in following if isinstance(message, (UserMessage, MemoryMessage)))
-    if not conversation or not isinstance(conversation[0], (UserMessage, MemoryMessage)):
+        conversation.extend(message for message in following if isinstance(message, _HEARD))
+    if not conversation or not isinstance(conversation[0], _HEARD):
         conversation.insert(0, UserMessage(text=EARLIER))
     return conversation
 
@@ -114,7 +127,7 @@ def _messages(entry: Entry) -> list[Message]:
         if isinstance(message, ToolMessage)
         else UserMessage(text=LEFT_OUT)
         for message in entry.messages
-        if not isinstance(message, MemoryMessage)
+        if not isinstance(message, (MemoryMessage, SummaryMessage))
     ]
 
 
@@ -156,6 +169,8 @@ def _parts(messages: Iterable[Message]) -> Iterator[UserPromptPart | ToolReturnP
     for message in messages:
         if isinstance(message, UserMessage):
             yield UserPromptPart(message.text)
+        elif isinstance(message, SummaryMessage):
+            yield UserPromptPart(f"{SUMMARY}\n{message.text}")
         elif isinstance(message, MemoryMessage):
             yield UserPromptPart("\n".join([REMINDER, *map(_noted, message.facts)]))
         elif isinstance(message, ToolMessage):

@@ -73,7 +73,19 @@ class MemoryMessage(_Record):
     facts: list[Fact]
 
 
-Message = Annotated[UserMessage | AssistantMessage | ToolMessage | MemoryMessage, Field(discriminator="role")]
+class SummaryMessage(_Record):
+    """What the agent has put in the place of the older part of its conversation, in its own words."""
+
+    role: Literal["summary"] = "summary"
+    text: str
+    """Empty if the entry's error says why there is none."""
+    through: str
+    """The newest of the entries that it stands for; together with the summary before it, it stands for all before."""
+
+
+Message = Annotated[
+    UserMessage | AssistantMessage | ToolMessage | MemoryMessage | SummaryMessage, Field(discriminator="role")
+]
 
 
 class Entry(_Record):
@@ -110,6 +122,12 @@ class Entry(_Record):
         """The model's answer, if there is one."""
         last = self.messages[-1] if self.messages else None
         return last if isinstance(last, AssistantMessage) else None
+
+    @property
+    def summary(self) -> SummaryMessage | None:
+        """What this step has put in the place of what was before, if that is what it did or tried to do."""
+        last = self.messages[-1] if self.messages else None
+        return last if isinstance(last, SummaryMessage) else None
 
 
 def canonical(model: BaseModel) -> bytes:

@@ -44,6 +44,7 @@ from sqlalchemy import (
     UniqueConstraint,
     and_,
     create_engine,
+    delete,
     event,
     exists,
     func,
@@ -187,6 +188,20 @@ _calls = Table(
 )
 
 
+# The entries that stand for what was before them (see `entries.SummaryMessage`).
+_summaries = Table("summaries", _metadata, Column("id", String(64), ForeignKey("entries.id"), primary_key=True))
+
+# The entries that an agent is shown for ever, whatever is summed up.
+_pins = Table(
+    "pins",
+    _metadata,
+    Column("workflow_id", String, primary_key=True),
+    Column("entry", String(64), ForeignKey("entries.id"), primary_key=True),
+    Column("by", String, nullable=False),
+    Column("why", String, nullable=False),
+    Column("pinned_at", String, nullable=False),
+)
+
 # Which entries agents went on behind, other than by taking turns: rewinds, and forks, which leave no head.
 _rewinds = Table(
     "rewinds",
@@ -211,6 +226,17 @@ _KEYS = {
     "specs": (_specs.c.digest,),
 }
 """By table: the columns that, of one agent, are its key."""
+
+
+class Pin(BaseModel):
+    """An entry that an agent is shown for ever, who pinned it, and why."""
+
+    workflow_id: str
+    entry: str
+    by: str
+    why: str
+    pinned_at: str
+    """UTC, ISO 8601."""
 
 
 class Totals(BaseModel):
@@ -291,6 +317,8 @@ class Ledger:
             assert recorded is not None, "it was there, or has just been inserted"
             if recorded.answers and recorded.id == entry.id:
                 connection.execute(self._insert_new(_taken).values(_takings(entry)))
+            if recorded.summary and recorded.summary.text:
+                connection.execute(self._insert_new(_summaries).values(id=recorded.id))
             return recorded
 
         return await self._write(write)
@@ -330,6 +358,41 @@ class Ledger:
             return [_decode(row) for row in rows]
 
         return await self._read(read)
+
+    async def summary(self, head: str) -> Entry | None:
+        """The newest summary in the conversation that ends with `head`, which may be it."""
+        has = exists().where(_summaries.c.id == _entries.c.id)
+        first = select(_entries.c.id, _entries.c.parent, has.label("sums_up")).where(_entries.c.id == head)
+        line = first.cte("line", recursive=True)
+        before = select(_entries.c.id, _entries.c.parent, has).join_from(line, _entries, _entries.c.id == line.c.parent)
+        line = line.union_all(before.where(~line.c.sums_up))
+        query = select(*_record).join_from(line, _entries, _entries.c.id == line.c.id).where(line.c.sums_up)
+
+        def read(connection: Connection) -> Entry | None:
+            row = connection.execute(query).one_or_none()
+            return _decode(row) if row else None
+
+        return await self._read(read)
+
+    async def pin(self, workflow_id: str, entry: str, *, by: str, why: str) -> None:
+        """Show an agent this entry of its conversation for ever. Pinned again, it has no further effect."""
+        pin = {"workflow_id": workflow_id, "entry": entry, "by": by, "why": why, "pinned_at": _now()}
+        await self._write(lambda connection: connection.execute(self._insert_new(_pins).values(**pin)))
+
+    async def unpin(self, workflow_id: str, entry: str) -> bool:
+        """Let an entry be summed up again; False if it was not pinned."""
+        gone = delete(_pins).where(_pins.c.workflow_id == workflow_id, _pins.c.entry == entry)
+        return await self._write(lambda connection: connection.execute(gone).rowcount == 1)
+
+    async def pins(self, workflow_id: str) -> list[Pin]:
+        """The agent's pinned entries, in the order in which they were made."""
+        query = (
+            select(_pins)
+            .join_from(_pins, _entries, _entries.c.id == _pins.c.entry)
+            .where(_pins.c.workflow_id == workflow_id)
+            .order_by(_entries.c.turn, _entries.c.step)
+        )
+        return await self._read(lambda connection: [Pin(**row._asdict()) for row in connection.execute(query)])
 
     async def transcript(self, workflow_id: str, *, limit: int) -> list[Entry]:
         """The newest entries of an agent, oldest first, at most `limit`."""
@@ -881,10 +944,11 @@ def _takings(entry: Entry) -> list[dict[str, object]]:
 
 def characters(entry: Entry) -> int:
     """About how much of a model's context the entry takes. It is stored, and `activities.verify` compares."""
-    return sum(_MESSAGE_OVERHEAD + sum(map(len, _texts(message))) for message in entry.messages)
+    return sum(_MESSAGE_OVERHEAD + sum(map(len, texts(message))) for message in entry.messages)
 
 
-def _texts(message: Message) -> Iterable[str]:
+def texts(message: Message) -> Iterable[str]:
+    """What of a message takes up a model's context."""
     if isinstance(message, ToolMessage):
         yield message.content
         return

@@ -61,7 +61,15 @@ _MODEL_CALLS = Counter("perennial_model_calls_total", "Model calls that ended.",
 _MODEL_SECONDS = Histogram(
     "perennial_model_call_seconds", "Duration of a model call.", ["pool", "model"], buckets=_SECONDS
 )
+_COMPACTIONS = Counter(
+    "perennial_compactions_total", "Conversations that were summed up, or could not be.", ["outcome"]
+)
 _TOKENS = Counter("perennial_tokens_total", "Tokens used by model calls.", ["pool", "model", "direction"])
+
+
+def compaction(outcome: str) -> None:
+    """A conversation was summed up (`completed`), or could not be (`failed`)."""
+    _COMPACTIONS.labels(outcome).inc()
 
 
 def events_received(topic: str, count: int = 1) -> None:

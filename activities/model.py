@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,6 +20,7 @@ from temporalio import activity
 from typing_extensions import override
 
 from activities import metrics
+from activities.compaction import Conversations, summary_of
 from activities.conversation import storable
 from activities.endpoints import Answer, FinalError, Pools
 from activities.entries import Entry, MemoryMessage, Message, ToolMessage, UserMessage
@@ -30,18 +31,25 @@ from workflows import names
 from workflows.errors import Remedy, activity_error
 from workflows.events import Event, EventReference
 from workflows.interface import ModelActivities
-from workflows.messages import Decision, ThinkRequest, Usage
+from workflows.messages import CompactRequest, Decision, ThinkRequest, Usage
 from workflows.spec import ResolvedSpec
 
 log = logging.getLogger(__name__)
 
-_CHARACTERS_PER_TOKEN = 4
 _SHARES = (1, 2, 4, 8)
 """Of the context, by which part it is shown: less and less if the model finds it too long. Tokens are an estimate."""
 
 
+_Conversation = tuple[list[Entry], list[Message]]
+"""The conversation so far, and what is new in it."""
+
+
 class _RecordedError(Exception):
     """The step is recorded by now: its call is not to be made."""
+
+
+class _CrowdedError(Exception):
+    """The conversation is to be summed up first."""
 
 
 class Model(ModelActivities):
@@ -49,55 +57,91 @@ class Model(ModelActivities):
 
     def __init__(self, ledger: Ledger, pools: Pools) -> None:
         self._ledger = ledger
+        self._conversations = Conversations(ledger)
         self._memory = Memory(ledger)
         self._pools = pools
 
     @override
     @activity.defn(name="think")
     async def think(self, request: ThinkRequest) -> Decision:
+        try:
+            entry = await self._recorded(request, lambda: self._step(request))
+        except _CrowdedError:
+            entry = None
+        if entry is None or (entry.summary and request.may_compact):
+            return Decision(head=request.head or "", compact=True)
+        if entry.parent != request.head or [r.digest for r in entry.answers] != [e.digest for e in request.events]:
+            raise _other_life(request)
+        return decision(entry)
+
+    @override
+    @activity.defn(name="compact")
+    async def compact(self, request: CompactRequest) -> Decision:
+        entry = await self._recorded(request, lambda: self._compaction(request))
+        if entry.parent != request.head or entry.summary is None:
+            raise _other_life(request)
+        return decision(entry)
+
+    async def _recorded(
+        self, request: ThinkRequest | CompactRequest, make: Callable[[], Coroutine[Any, Any, Entry]]
+    ) -> Entry:
+        """The entry of the step, which is made and recorded unless it is there."""
         entry = await self._ledger.find(request.workflow_id, request.turn, request.step)
         if entry is None:
             async with beating():
                 # Another try may have been first, if this one was taken for dead: what it recorded counts.
                 try:
-                    entry = await self._ledger.append(await self._step(request))
+                    entry = await self._ledger.append(await make())
                 except _RecordedError:
                     entry = await self._ledger.find(request.workflow_id, request.turn, request.step)
                     assert entry is not None, "it was just seen"
-        if entry.parent != request.head or [r.digest for r in entry.answers] != [e.digest for e in request.events]:
-            raise activity_error(
-                Remedy.FINAL,
-                f"Turn {request.turn}, step {request.step} of {request.workflow_id} is recorded with other events: its "
-                "workflow was terminated or reset meanwhile. Send these events again.",
-            )
-        return decision(entry)
+        return entry
 
     async def _step(self, request: ThinkRequest) -> Entry:
         """Make the call; what came of it, as an entry."""
         spec = await self._ledger.get_spec(request.spec_digest)
-        if request.events:
-            await self._notice_repeated(request)
         messages = new_messages(request, await self._reminder(request, spec))
+
+        async def conversation(share: int) -> _Conversation:
+            shown = await self._conversations.load(request.workflow_id, request.head, spec.context, share=share)
+            if request.may_compact and shown.crowded(messages):
+                raise _CrowdedError
+            return shown.entries, messages
+
         answer: Answer | None = None
         error: str | None = None
         try:
-            answer = await self._ask(request, spec, messages)
+            answer = await self._ask(request, spec, conversation, tools_allowed=request.tools_allowed)
         except FinalError as refused:
             error = str(refused)
-        return Entry(
-            workflow_id=request.workflow_id,
-            turn=request.turn,
-            step=request.step,
-            parent=request.head,
-            messages=[*messages, answer.message] if answer else messages,
-            answers=[EventReference(source=event.source, id=event.id, type=event.type) for event in request.events],
-            spec_digest=request.spec_digest,
-            model=answer.model if answer else "",
-            rehearsal=bool(answer and answer.rehearsal),
-            usage=answer.usage if answer else Usage(),
-            error=error,
-            recorded_at=datetime.now(UTC).isoformat(),
-        )
+        if request.events:
+            await self._notice_repeated(request)
+        references = [EventReference(source=event.source, id=event.id, type=event.type) for event in request.events]
+        return _entry(request, [*messages, answer.message] if answer else messages, answer, error, references)
+
+    async def _compaction(self, request: CompactRequest) -> Entry:
+        """Have the older part of the conversation summed up; what came of it, as an entry."""
+        spec = await self._ledger.get_spec(request.spec_digest)
+        shown = await self._conversations.load(request.workflow_id, request.head, spec.context)
+        through = ""
+
+        async def conversation(share: int) -> _Conversation:
+            nonlocal through
+            older, question = shown.to_sum_up(share)
+            through = older[-1].id
+            return older, question
+
+        answer: Answer | None = None
+        error: str | None = None
+        try:
+            answer = await self._ask(request, spec, conversation, tools_allowed=False)
+        except FinalError as refused:
+            error = str(refused)
+        summary = summary_of(answer.message.text if answer else "", through, spec.context)
+        if answer and not summary.text:
+            error = "the model wrote nothing"
+        metrics.compaction("failed" if error else "completed")
+        return _entry(request, [summary], answer, error)
 
     async def _notice_repeated(self, request: ThinkRequest) -> None:
         """Count the events that the agent has taken before, and forgotten: they were sent again beyond its horizon."""
@@ -120,7 +164,14 @@ class Model(ModelActivities):
         facts = await self._memory.fitting(request.workflow_id, spec.memory, _query(request.events))
         return [MemoryMessage(facts=facts)] if facts else []
 
-    async def _ask(self, request: ThinkRequest, spec: ResolvedSpec, messages: list[Message]) -> Answer:
+    async def _ask(
+        self,
+        request: ThinkRequest | CompactRequest,
+        spec: ResolvedSpec,
+        conversation: Callable[[int], Awaitable[_Conversation]],
+        *,
+        tools_allowed: bool,
+    ) -> Answer:
         """Have the step answered, showing less of the conversation if it is too long.
 
         Raises:
@@ -130,8 +181,7 @@ class Model(ModelActivities):
         """
         key = names.call_key(request.workflow_id, request.turn, request.step)
         for share in _SHARES:
-            characters = spec.context.tokens * _CHARACTERS_PER_TOKEN // share
-            context = await self._ledger.context(request.head, max_characters=characters) if request.head else []
+            context, messages = await conversation(share)
             if not await self._ledger.begin_call(request.workflow_id, request.turn, request.step):
                 raise _RecordedError
             try:
@@ -142,12 +192,44 @@ class Model(ModelActivities):
                     messages=messages,
                     tools=spec.tools,
                     key=key if share == 1 else f"{key}/{share}",  # another request: it needs another key
-                    tools_allowed=request.tools_allowed,
+                    tools_allowed=tools_allowed,
                 )
             except FinalError as error:
                 if not error.too_long or not context or share == _SHARES[-1]:
                     raise
         raise AssertionError("the last share returns or raises")
+
+
+def _entry(
+    request: ThinkRequest | CompactRequest,
+    messages: list[Message],
+    answer: Answer | None,
+    error: str | None,
+    answers: Sequence[EventReference] = (),
+) -> Entry:
+    """What came of a step, as it is recorded."""
+    return Entry(
+        workflow_id=request.workflow_id,
+        turn=request.turn,
+        step=request.step,
+        parent=request.head,
+        messages=messages,
+        answers=list(answers),
+        spec_digest=request.spec_digest,
+        model=answer.model if answer else "",
+        rehearsal=bool(answer and answer.rehearsal),
+        usage=answer.usage if answer else Usage(),
+        error=error,
+        recorded_at=datetime.now(UTC).isoformat(),
+    )
+
+
+def _other_life(request: ThinkRequest | CompactRequest) -> Exception:
+    return activity_error(
+        Remedy.FINAL,
+        f"Turn {request.turn}, step {request.step} of {request.workflow_id} is recorded with other events: its "
+        "workflow was terminated or reset meanwhile. Send these events again.",
+    )
 
 
 def new_messages(request: ThinkRequest, reminder: list[Message] | None = None) -> list[Message]:

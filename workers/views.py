@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 from rich.text import Text
 
-from activities.entries import AssistantMessage, Entry, MemoryMessage, Message, ToolMessage, UserMessage
+from activities.entries import (
+    AssistantMessage,
+    Entry,
+    MemoryMessage,
+    Message,
+    SummaryMessage,
+    ToolMessage,
+    UserMessage,
+)
 from workers.console import one_line, visible
 from workflows import names
 from workflows.events import Event, EventReference
@@ -197,6 +205,9 @@ def _message(message: Message, *, rehearsal: bool) -> Iterator[Text]:
         case MemoryMessage():
             for fact in message.facts:
                 yield _indented("recalls", f"{fact.text} ({fact.scope}, {fact.id})", "magenta")
+        case SummaryMessage():
+            if message.text:
+                yield _indented("sums up", message.text, "magenta")
         case ToolMessage():
             fine = message.outcome is ToolOutcome.OK
             how = "" if fine else f"({message.outcome.value}) "

@@ -15,6 +15,7 @@ from temporalio.common import RetryPolicy
 from typing_extensions import TypedDict
 
 from workflows.messages import (
+    CompactRequest,
     Decision,
     PublishRequest,
     Reply,
@@ -94,6 +95,14 @@ class ModelActivities(ABC):
         """Make one model call, record it in the ledger, and return what was decided.
 
         Idempotent on (workflow id, turn, step): a call that is recorded already is not made again.
+        """
+
+    @activity.defn(name="compact")
+    @abstractmethod
+    async def compact(self, request: CompactRequest) -> Decision:
+        """Have the older part of the conversation summed up, and record that as a step of its own.
+
+        Idempotent as `think` is. The decision has an error if the model would not do it.
         """
 
 

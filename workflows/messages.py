@@ -74,6 +74,18 @@ class ThinkRequest(_Message):
     results: list[ToolResult] = Field(default_factory=list)
     tools_allowed: bool = True
     """False in the last step a turn may take: the model has to answer."""
+    may_compact: bool = False
+    """Whether `Decision.compact` may be answered."""
+
+
+class CompactRequest(_Message):
+    """What would no longer fit is to be summed up: a step of its own."""
+
+    workflow_id: str
+    turn: int
+    step: int
+    head: str
+    spec_digest: str
 
 
 class Decision(_Message):
@@ -90,6 +102,8 @@ class Decision(_Message):
     """True when no real model answered but the rehearsal endpoint."""
     error: str | None = None
     """Why there is no answer: the request itself was refused, and no repetition would help."""
+    compact: bool = False
+    """The conversation has to be summed up first: no call was made, and nothing is recorded."""
 
 
 class ToolRequest(_Message):

@@ -200,6 +200,8 @@ class ContextSpec(_Carried):
 
     tokens: int = Field(32_000, ge=1000)
     """Newest entries are shown as long as they fit into about this many tokens."""
+    compact: bool = False
+    """Whether what would no longer fit is summed up by the model, in a step of its own, instead of being left out."""
 
 
 class Scope(StrEnum):
@@ -327,6 +329,7 @@ class ResolvedSpec(_Carried):
             budget=self.budget,
             mailbox=self.mailbox,
             hibernate_after=self.hibernate_after,
+            compact=self.context.compact,
             tools={
                 tool.name: ToolControl(timeout=tool.timeout, repeatable=tool.repeatable, attempts=tool.attempts)
                 for tool in self.tools
@@ -350,4 +353,5 @@ class ControlSpec(_Carried):
     budget: BudgetSpec = BudgetSpec()
     mailbox: MailboxSpec = MailboxSpec()
     hibernate_after: timedelta | None = None
+    compact: bool = False
     tools: dict[str, ToolControl] = Field(default_factory=dict)

@@ -84,13 +84,17 @@ class AgentState(BaseModel):
 
     def record_step(self, turn: CurrentTurn, decision: Decision) -> None:
         """Note what a step decided: the new head, and what it cost."""
+        self.record_call(turn, decision)
+        turn.events = []
+        turn.results = []
+
+    def record_call(self, turn: CurrentTurn, decision: Decision) -> None:
+        """Note the new head, and what a call cost, but not that the model was shown what is new in the turn."""
         self.head = decision.head
         self.usage += decision.usage
         self.model_calls += 1
         turn.usage += decision.usage
         turn.step += 1
-        turn.events = []
-        turn.results = []
 
     def record_tools(self, turn: CurrentTurn, results: list[ToolResult]) -> None:
         """Note the results of a step's tool calls, for the model to see in the next step."""

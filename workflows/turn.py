@@ -17,6 +17,7 @@ with workflow.unsafe.imports_passed_through():
     from workflows.errors import NOT_RUN, failure_message
     from workflows.life import Life, count
     from workflows.messages import (
+        CompactRequest,
         Decision,
         Reply,
         ThinkRequest,
@@ -63,6 +64,7 @@ class Turns:
     async def _steps(self, turn: CurrentTurn) -> Decision:
         spec = self._state.spec
         assert spec is not None, "a turn begins with its spec"
+        compacted = False
         while True:
             self._life.show()
             last = turn.step >= spec.budget.steps_per_turn
@@ -77,11 +79,17 @@ class Turns:
                     events=turn.events,
                     results=turn.results,
                     tools_allowed=not last,
+                    may_compact=spec.compact and not (last or compacted),
                 ),
                 task_queue=names.model_queue(workflow.info().task_queue),
                 summary=_think_summary(turn),
                 **interface.THINK,
             )
+            if decision.compact:
+                await self._compact(turn, spec)
+                compacted = True
+                continue
+            compacted = False
             self._state.record_step(turn, decision)
             if decision.error or last or not decision.tool_calls:
                 return decision
@@ -94,6 +102,26 @@ class Turns:
             results += [_result(call, ToolOutcome.ERROR, too_many) for call in surplus]
             self._state.record_tools(turn, results)
             self._life.continue_as_new_if_due()
+
+    async def _compact(self, turn: CurrentTurn, spec: ControlSpec) -> None:
+        """Have the conversation summed up. If the model would not, the turn goes on with what of it still fits."""
+        assert self._state.head is not None, "where there is something to sum up, there is an entry"
+        decision = await workflow.execute_activity_method(
+            interface.ModelActivities.compact,
+            CompactRequest(
+                workflow_id=self._life.id,
+                turn=turn.number,
+                step=turn.step,
+                head=self._state.head,
+                spec_digest=spec.digest,
+            ),
+            task_queue=names.model_queue(workflow.info().task_queue),
+            summary=f"turn {turn.number}, step {turn.step}: sum up the conversation",
+            **interface.THINK,
+        )
+        self._state.record_call(turn, decision)
+        how = f"could not be summed up: {decision.error}" if decision.error else "summed up"
+        self._state.note(workflow.now(), f"the conversation {how}")
 
     async def _run_tool(  # noqa: PLR0913, PLR0917  # what a call is told apart by
         self, spec: ControlSpec, turn: CurrentTurn, step: int, number: int, call: ToolCall, room: int
