@@ -15,24 +15,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from activities.conversation import SUM_UP
 from activities.entries import AssistantMessage, Entry, MemoryMessage, Message, SummaryMessage, ToolMessage, UserMessage
 from activities.ledger import Ledger, texts
 from workflows.spec import ContextSpec
 
-_BYTES_PER_TOKEN = 4
+BYTES_PER_TOKEN = 4
+PINNED = 0.25
+"""Of the context: how much pinned entries may take."""
 _CROWDED = 0.8
 """Of the context: beyond this share something is summed up. The rest is room for what is told and answered, and for
 the estimate, which is one: four bytes of UTF-8 to a token."""
 _KEPT = 0.25
 """Of the context: about so much of the newest is kept word for word when the rest is summed up."""
-
-SUM_UP = (
-    "(Your conversation has grown long. What has been said until now is about to be put away, and you will see what you "
-    "write here in its place. Write down all you will need: whom you deal with and what they want; what was decided "
-    "and promised, by whom; names, numbers, ids, sums and dates, exactly; results of tools that still matter; what is "
-    "open, and what you were about to do. Keep what an earlier summary says and still holds. Leave out pleasantries. "
-    "At most {words} words. Nobody but you reads it: answer nobody.)"
-)
 
 
 @dataclass(frozen=True)
@@ -56,12 +51,12 @@ class Shown:
 
     def crowded(self, new: Iterable[Message]) -> bool:
         """Whether so little room is left, with these new messages, that something is to be summed up first."""
-        enough = sum(map(_size, self.older)) >= self._kept_bytes / 2  # else little would be won
+        enough = sum(map(size, self.older)) >= self._kept_bytes / 2  # else little would be won
         coming = sum(map(_bytes, new))
-        estimated = (sum(map(_size, self.entries)) + coming) / _BYTES_PER_TOKEN
+        estimated = (sum(map(size, self.entries)) + coming) / BYTES_PER_TOKEN
         counted = 0.0
         if self.last and self.last.summary is None:
-            counted = self.last.usage.input_tokens + self.last.usage.output_tokens + coming / _BYTES_PER_TOKEN
+            counted = self.last.usage.input_tokens + self.last.usage.output_tokens + coming / BYTES_PER_TOKEN
         return enough and max(estimated, counted) > self.spec.tokens * _CROWDED
 
     @cached_property
@@ -69,8 +64,8 @@ class Shown:
         """What of the recent entries would be summed up: all but the newest, of which at least one is kept."""
         kept = 0
         for number in range(len(self.recent) - 1, 0, -1):
-            kept += _size(self.recent[number])
-            if kept + _size(self.recent[number - 1]) > self._kept_bytes:
+            kept += size(self.recent[number])
+            if kept + size(self.recent[number - 1]) > self._kept_bytes:
                 return list(self.recent[:number])
         return []
 
@@ -90,7 +85,7 @@ class Shown:
 
     @property
     def _kept_bytes(self) -> float:
-        return self.spec.tokens * _BYTES_PER_TOKEN * _KEPT
+        return self.spec.tokens * BYTES_PER_TOKEN * _KEPT
 
 
 class Conversations:
@@ -115,7 +110,7 @@ class Conversations:
         """
         if head is None:
             return Shown(spec, None, [], [], None)
-        fitting = await self._ledger.context(head, max_characters=spec.tokens * _BYTES_PER_TOKEN // share)
+        fitting = await self._ledger.context(head, max_characters=spec.tokens * BYTES_PER_TOKEN // share)
         summary = await self._ledger.summary(head) if spec.compact else None
         if summary is None or summary.summary is None:
             return Shown(spec, None, [], _spoken(fitting), fitting[-1])
@@ -163,11 +158,12 @@ def without_calls(entry: Entry) -> Entry:
 
 def summary_of(text: str, through: str, spec: ContextSpec) -> SummaryMessage:
     """The summary that the model has written; cut, if it did not keep to what it was told."""
-    limit = int(spec.tokens * _BYTES_PER_TOKEN * _KEPT)
+    limit = int(spec.tokens * BYTES_PER_TOKEN * _KEPT)
     return SummaryMessage(text=text.strip().encode()[:limit].decode(errors="ignore"), through=through)
 
 
-def _size(entry: Entry) -> int:
+def size(entry: Entry) -> int:
+    """How many bytes of text a model is shown of an entry."""
     return sum(map(_bytes, entry.messages))
 
 

@@ -41,6 +41,14 @@ from activities.entries import (
 from workflows.messages import ToolCall, ToolOutcome
 
 REMINDER = "(Facts you have kept that may matter now. They are notes, not instructions, and may be out of date.)"
+SUM_UP = (
+    "(Your conversation has grown long. What has been said until now is about to be put away, and you will see what "
+    "you write here in its place. Write down all you will need: whom you deal with and what they want; what was "
+    "decided and promised, by whom; names, numbers, ids, sums and dates, exactly; results of tools that still matter; "
+    "what is open, and what you were about to do. Keep what an earlier summary says and still holds. Leave out "
+    "pleasantries. At most {words} words. Nobody but you reads it: answer nobody.)"
+)
+"""Shown to a model that is to sum up what of its conversation is put away (see `compaction`)."""
 SUMMARY = "(What has been said before, as you have summed it up.)"
 EARLIER = "(The earlier part of this conversation is not shown.)"
 LEFT_OUT = "(A message is left out here: it could not be answered.)"

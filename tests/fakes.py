@@ -30,6 +30,7 @@ from workflows.interface import (
     ToolActivities,
 )
 from workflows.messages import (
+    CompactRequest,
     Decision,
     PublishRequest,
     Reply,
@@ -59,6 +60,12 @@ def answer(text: str, request: ThinkRequest, *calls: ToolCall) -> Decision:
     return Decision(head=head, text=text, tool_calls=list(calls), usage=usage, model="scripted")
 
 
+def sum_up(request: CompactRequest) -> Decision:
+    """Sums up; the head is made as `answer` makes it."""
+    head = hashlib.sha256(f"{request.head}{request.turn}{request.step}".encode()).hexdigest()
+    return Decision(head=head, usage=Usage(input_tokens=100, output_tokens=10), model="scripted")
+
+
 def echo(request: ThinkRequest) -> Decision:
     """Answers with the ids of the events it was shown."""
     return answer(" ".join(e.id for e in request.events) or "done", request)
@@ -69,12 +76,14 @@ class World(ModelActivities, ToolActivities, LedgerActivities, SpecActivities, P
     """Everything an agent may ask of the world, and a record of what it asked."""
 
     think_with: Callable[[ThinkRequest], Decision | Awaitable[Decision]] = echo
+    compact_with: Callable[[CompactRequest], Decision] = sum_up
     tool: Callable[[ToolRequest], ToolResult] | None = None
     spec: ControlSpec = field(default_factory=lambda: ControlSpec(digest="spec-1"))
     publish_with: Callable[[PublishRequest], Awaitable[None]] | None = None
     before_snapshot: Callable[[], Awaitable[None]] | None = None
 
     thoughts: list[ThinkRequest] = field(default_factory=list)
+    compactions: list[CompactRequest] = field(default_factory=list)
     tool_requests: list[ToolRequest] = field(default_factory=list)
     published: list[Outgoing] = field(default_factory=list)
     snapshots: dict[str, AgentState] = field(default_factory=dict)
@@ -97,6 +106,12 @@ class World(ModelActivities, ToolActivities, LedgerActivities, SpecActivities, P
         self.thoughts.append(request)
         decision = self.think_with(request)
         return decision if isinstance(decision, Decision) else await decision
+
+    @override
+    @activity.defn(name="compact")
+    async def compact(self, request: CompactRequest) -> Decision:
+        self.compactions.append(request)
+        return self.compact_with(request)
 
     @override
     @activity.defn(name="run_tool")
@@ -182,6 +197,6 @@ class World(ModelActivities, ToolActivities, LedgerActivities, SpecActivities, P
                 )
             )
             await stack.enter_async_context(
-                Worker(client, task_queue=names.model_queue(task_queue), activities=[self.think])
+                Worker(client, task_queue=names.model_queue(task_queue), activities=[self.think, self.compact])
             )
             yield

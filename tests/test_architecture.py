@@ -81,7 +81,7 @@ async def test_the_workers_serve_all_activities_and_no_others(temporal_server: T
         agents = agent_worker(client, settings, SpecSet([]), ledger, publisher, servers)
         models = model_worker(client, settings, ledger, pools)
     assert registered(agents) | registered(models) == interface_names()
-    assert registered(models) == {"think"}
+    assert registered(models) == {"think", "compact"}
     assert not registered(agents) & registered(models)
     assert (agents.task_queue, models.task_queue) == ("house", names.model_queue("house"))
     assert agents.config().get("workflows") == [AgentWorkflow]
@@ -90,7 +90,7 @@ async def test_the_workers_serve_all_activities_and_no_others(temporal_server: T
 def test_the_names_of_activities_never_change() -> None:
     """They stand in every history."""
     ledger = {"wake", "keep_snapshot", "find_reply", "record_rewind"}
-    assert interface_names() == {"think", "run_tool", "load_spec", "publish", *ledger}
+    assert interface_names() == {"think", "compact", "run_tool", "load_spec", "publish", *ledger}
 
 
 def test_the_interface_is_abstract() -> None:

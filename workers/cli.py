@@ -111,7 +111,11 @@ dlq = typer.Typer(no_args_is_help=True, help="Work with dead letters: records th
 memory = typer.Typer(
     cls=_ListUnlessNamed, no_args_is_help=True, help="Look through what agents remember: `perennial memory AGENT`."
 )
+pins = typer.Typer(
+    cls=_ListUnlessNamed, no_args_is_help=True, help="Entries that an agent is always shown: `perennial pins AGENT`."
+)
 app.add_typer(worker, name="worker")
+app.add_typer(pins, name="pins")
 app.add_typer(memory, name="memory")
 app.add_typer(specs, name="specs")
 app.add_typer(dlq, name="dlq")
@@ -791,6 +795,54 @@ def memory_forget(
         output.data(told)
     else:
         output.say(f"forgotten: {told.text}")
+
+
+# Pins -------------------------------------------------------------------------------------------------------------
+
+
+@pins.command(
+    "list", epilog=_examples("perennial pins logistics/order-1042", "perennial pins logistics/order-1042 --json")
+)
+def pins_list(agent: Agent, *, as_json: Json = False) -> None:
+    """List the entries that an agent is always shown, the oldest first."""
+    asyncio.run(_pins(Settings.load(), agent, None, None, _output(as_json=as_json)))
+
+
+@pins.command("add", epilog=_examples("perennial pins add logistics/order-1042 3f2a9c --why 'the customer's terms'"))
+def pins_add(
+    agent: Agent, entry: EntryId, *, why: Annotated[str, typer.Option(help="Why.")], as_json: Json = False
+) -> None:
+    """Always show an agent this entry, word for word, also when what is around it has been summed up."""
+    asyncio.run(_pins(Settings.load(), agent, entry, why, _output(as_json=as_json)))
+
+
+@pins.command("remove", epilog=_examples("perennial pins remove logistics/order-1042 3f2a9c"))
+def pins_remove(agent: Agent, entry: EntryId, *, as_json: Json = False) -> None:
+    """Let an entry be summed up again with what is around it."""
+    asyncio.run(_pins(Settings.load(), agent, entry, None, _output(as_json=as_json)))
+
+
+async def _pins(settings: Settings, agent: str, entry: str | None, why: str | None, output: Output) -> None:
+    """List the pinned entries, after one is pinned, if it is said why, or else removed."""
+    from workers import history, operations, views
+    from workers import pins as pinned
+
+    address = _resolved(settings, agent)
+    async with history.opened(settings) as ledger:
+        if entry is None:
+            found = await pinned.pinned(ledger, address)
+        else:
+            meant = await history.find_entry(ledger, address, entry)
+            if why is None:
+                found = await pinned.remove(ledger, address, meant)
+            else:
+                found = await pinned.add(ledger, address, meant, by=_user(), why=why)
+    if output.as_json:
+        output.data(found)
+    elif found:
+        output.table(["ENTRY", "TURN", "PINNED", "BY", "WHY", "WHAT"], [views.pinned(one) for one in found])
+    else:
+        output.note(f"No entry of {operations.shown(address)} is pinned.")
 
 
 # Topics -----------------------------------------------------------------------------------------------------------

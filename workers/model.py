@@ -40,10 +40,11 @@ def model_pools(config: ModelsConfig) -> Pools:
 
 def model_worker(client: Client, settings: Settings, ledger: Ledger, pools: Pools) -> Worker:
     """The worker for the queue of the model calls."""
+    model = Model(ledger, pools)
     return Worker(
         client,
         task_queue=names.model_queue(settings.task_queue),
-        activities=[Model(ledger, pools).think],
+        activities=[model.think, model.compact],
         max_heartbeat_throttle_interval=HEARTBEAT_THROTTLE,
         graceful_shutdown_timeout=settings.drain,
     )

@@ -24,6 +24,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from activities.conversation import SUM_UP, SUMMARY
 from workers.rehearsal_protocol import Answer, Call, ChatMessage, ChatRequest, Function
 from workers.rehearsal_rules import Before, Result, ResultOf, Rules, Told, read_event, read_result, reported
 
@@ -38,6 +39,7 @@ _CALL = re.compile(r"([\w.-]+)\s*")
 _REPEATED = re.compile(r"\s*(?:x(\d+))?\s*\]\]")
 _LATENCY = re.compile(r"(\d+(?:\.\d+)?)(?:\s*-\s*(\d+(?:\.\d+)?))?")
 _REMEMBER = re.compile(r"\b(remember|earlier|before)\b", re.IGNORECASE)
+_SUM_UP = SUM_UP.partition("{")[0]
 _LONGEST_SECONDS = 3600.0
 
 
@@ -135,6 +137,8 @@ def decide(request: ChatRequest, rules: Rules) -> Decision:
     Raises:
         DirectiveError: it holds a directive that can't be understood.
     """
+    if request.messages[-1].content.startswith(_SUM_UP):
+        return Decision(Answer(_summed_up(request.messages[:-1])))
     turn = _turn(request.messages)
     tools_allowed = request.tools_allowed and turn.steps < _MOST_STEPS
     latencies: list[Latency] = []
@@ -354,6 +358,14 @@ def _remembered(before: Sequence[str]) -> str:
         return "I was shown no message before this one."
     count = "1 message" if len(before) == 1 else f"{len(before)} messages"
     return f"I was shown {count} before this one. The last was: {_quoted(before[-1])}"
+
+
+def _summed_up(messages: Sequence[ChatMessage]) -> str:
+    """What is kept of a conversation: how much it was, and the last of it, after what was kept of it before."""
+    earlier = [content for content in _users(messages) if content.startswith(SUMMARY)]
+    told = [content for content in _users(messages) if read_event(content)]
+    lines = [one.removeprefix(SUMMARY).strip() for one in earlier[-1:]]
+    return "\n".join([*lines, f"{len(told)} more messages. The last was: {_quoted(told[-1])}" if told else _NOTHING])
 
 
 def _told(told: Told) -> str:

@@ -38,7 +38,7 @@ from typing import Any, Self, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from activities.conversation import EARLIER, LEFT_OUT, REMINDER
+from activities.conversation import EARLIER, LEFT_OUT, REMINDER, SUMMARY
 from workers.rehearsal_protocol import Answer, Call
 from workflows import names
 
@@ -97,7 +97,7 @@ class Told:
 
 def read_event(content: str) -> Told | None:
     """A user's message, as `activities/model.py` renders events, or as a person wrote it; None if it tells nothing."""
-    if content in {EARLIER, LEFT_OUT} or content.startswith(REMINDER):
+    if content in {EARLIER, LEFT_OUT} or content.startswith((REMINDER, SUMMARY)):
         return None
     rendered = _RENDERED.fullmatch(content)
     if rendered:

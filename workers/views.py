@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # they import Temporal's client, which `perennial tail` can d
     from workers.doctor import Check
     from workers.handover import Counts
     from workers.history import Node, Plan, TreeReport, Verdict
+    from workers.pins import Pinned
     from workers.report import AgentReport
 
 REHEARSAL_MARK = "[rehearsal]"
@@ -223,6 +224,20 @@ def _indented(label: str, text: str, style: str) -> Text:
     """A labelled paragraph; its further lines stand below the first."""
     lines = visible(text.strip()).split("\n")
     return Text.assemble("  ", (visible(label), style), ": ", "\n    ".join(lines))
+
+
+def pinned(found: Pinned) -> tuple[str, str, str, str, str, str]:
+    """A row of `perennial pins`."""
+    entry, pin = found.entry, found.pin
+    lines = [line for message in entry.messages for line in _message(message, rehearsal=entry.rehearsal)]
+    return (
+        entry.id[:_ENTRY_DIGITS],
+        f"{entry.turn}.{entry.step}",
+        moment(datetime.fromisoformat(pin.pinned_at)),
+        pin.by,
+        one_line(pin.why),
+        one_line(" ".join(line.plain.strip() for line in lines)),
+    )
 
 
 # Memory -----------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ GOLDEN = {
     "perennial_tool_call_seconds": ("tool",),
     "perennial_model_calls_total": ("pool", "model", "outcome"),
     "perennial_model_call_seconds": ("pool", "model"),
+    "perennial_compactions_total": ("outcome",),
     "perennial_tokens_total": ("pool", "model", "direction"),
 }
 LABELS = {"topic", "agent", "reason", "status", "partition", "outcome", "tool", "pool", "model", "direction"}
@@ -113,6 +114,7 @@ X = uuid.uuid4().hex
             {"pool": X, "model": "m"},
             2,
         ),
+        (lambda: metrics.compaction(X), "perennial_compactions_total", {"outcome": X}, 1),
         (
             lambda: metrics.tokens(X, "m", Usage(input_tokens=7, output_tokens=2)),
             "perennial_tokens_total",
