@@ -12,6 +12,7 @@
         headers: {Authorization: "Bearer ${CRM_TOKEN}"} # the variable's value stays out of the file
         only: [find_*, add_note]
         prefix: crm_
+    context: {tokens: 24000, compact: true}
     memory:
       read: [key, tenant]
     subscriptions:

@@ -23,7 +23,7 @@ from sqlalchemy import text
 from temporalio.exceptions import ApplicationError
 
 from activities import ledger as module
-from activities.entries import AssistantMessage, Entry, Message, ToolMessage, UserMessage
+from activities.entries import AssistantMessage, Entry, Message, SummaryMessage, ToolMessage, UserMessage
 from activities.ledger import Ledger, Totals
 from workflows.errors import Remedy
 from workflows.events import Event, EventReference
@@ -64,6 +64,11 @@ def entry(  # every one of them matters to some test
         messages=[AssistantMessage(text=said)] if messages is None else messages,
         recorded_at="2026-11-24T12:00:00+00:00",
     )
+
+
+def summing_up(turn: int, step: int, parent: Entry, text: str) -> Entry:
+    """An entry that stands for all before its parent."""
+    return entry(turn, step, parent=parent, messages=[SummaryMessage(text=text, through=parent.id)])
 
 
 async def chain(ledger: Ledger, turns: int, *, agent: str = AGENT, said: str = "Hello.") -> list[Entry]:
@@ -257,6 +262,38 @@ async def test_the_context_holds_as_many_of_the_newest_entries_as_fit(ledger: Le
     assert await ledger.context(head, max_characters=3 * size) == entries[1:]
     assert await ledger.context(head, max_characters=3 * size - 1) == entries[2:]
     assert await ledger.context(head, max_characters=4 * size) == entries
+
+
+async def test_the_newest_summary_of_a_conversation_is_found(ledger: Ledger) -> None:
+    """On each branch its own, and none before the first; one that says nothing counts as none."""
+    first, second = await chain(ledger, 2)
+    assert await ledger.summary(second.id) is None
+    one = await ledger.append(summing_up(3, 1, second, "one"))
+    third = await ledger.append(entry(3, 2, parent=one))
+    two = await ledger.append(summing_up(4, 1, third, "two"))
+    failed = await ledger.append(summing_up(4, 2, two, ""))
+    branch = await ledger.append(entry(5, parent=third))
+    assert await ledger.summary(one.id) == await ledger.summary(third.id) == await ledger.summary(branch.id) == one
+    assert await ledger.summary(two.id) == await ledger.summary(failed.id) == two
+    assert await ledger.summary(first.id) is None
+    assert await ledger.append(summing_up(4, 1, third, "other")) == two, "the first one counts"
+    assert await ledger.summary(two.id) == two
+
+
+async def test_pins_are_kept_in_the_order_of_their_entries(ledger: Ledger) -> None:
+    """Pinned twice is pinned once, as it was first; unpinned twice is told."""
+    first, second = await chain(ledger, 2)
+    await ledger.pin(AGENT, second.id, by="ada", why="terms")
+    await ledger.pin(AGENT, first.id, by="bob", why="who it is")
+    await ledger.pin(AGENT, second.id, by="eve", why="other")
+    assert [(pin.entry, pin.by, pin.why) for pin in await ledger.pins(AGENT)] == [
+        (first.id, "bob", "who it is"),
+        (second.id, "ada", "terms"),
+    ]
+    assert await ledger.pins("agent/other/one/1") == []
+    assert await ledger.unpin(AGENT, second.id)
+    assert not await ledger.unpin(AGENT, second.id)
+    assert [pin.entry for pin in await ledger.pins(AGENT)] == [first.id]
 
 
 async def test_the_head_is_always_in_its_context(ledger: Ledger) -> None:

@@ -161,6 +161,23 @@ async def duplicates(life: Life) -> None:
     await life.stop()
 
 
+async def compacted(life: Life) -> None:
+    """In its second turn the conversation is summed up first."""
+
+    def think(request: ThinkRequest) -> Decision:
+        if request.may_compact and request.turn > 1:
+            return Decision(head=request.head or "", compact=True)
+        return answer("heard", request)
+
+    life.world.think_with = think
+    life.world.spec = ControlSpec(digest="spec-1", compact=True)
+    await life.deliver(event(1))
+    await life.replies(1)
+    await life.deliver(event(2))
+    await life.replies(2)
+    await life.stop()
+
+
 async def question(life: Life) -> None:
     """A question, the same again, and one between events."""
     await life.ask("q-1")
@@ -322,6 +339,7 @@ LIVES: tuple[Callable[[Life], Awaitable[None]], ...] = (
     held,
     rewound,
     forked,
+    compacted,
 )
 
 

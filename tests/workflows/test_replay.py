@@ -37,6 +37,7 @@ LIVES = (
     "held",
     "rewound",
     "forked",
+    "compacted",
 )
 
 
