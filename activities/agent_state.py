@@ -15,9 +15,10 @@ from typing_extensions import override
 
 from activities import history
 from activities.entries import Entry, ToolMessage
+from activities.forms import Form, Reading
 from activities.heartbeat import beating
 from activities.ledger import Ledger
-from workflows import names
+from workflows import names, repair
 from workflows.interface import LedgerActivities
 from workflows.messages import Reply, ReplyRequest, RewindRecord, Rewound, TurnOutcome, Usage
 from workflows.state import AgentState, Snapshot
@@ -59,7 +60,11 @@ class AgentLedger(LedgerActivities):
     @activity.defn(name="find_reply")
     async def find_reply(self, request: ReplyRequest) -> Reply | None:
         entries = await self._ledger.of_turn(request.workflow_id, request.turn)
-        return reply_of(entries) if entries else None
+        if not entries:
+            return None
+        digest = entries[-1].spec_digest
+        spec = await self._ledger.get_spec(digest) if digest else None
+        return reply_of(entries, Form(spec.reply.json_schema) if spec and spec.reply else None)
 
     @override
     @activity.defn(name="record_rewind")
@@ -135,16 +140,20 @@ def caught_up(state: AgentState, entries: list[Entry], rewinds: Sequence[Rewound
     return state
 
 
-def reply_of(entries: list[Entry]) -> Reply:
-    """The reply of a turn, from its entries in the order of their steps."""
+def reply_of(entries: list[Entry], form: Form | None = None) -> Reply:
+    """The reply of a turn, from its entries in the order of their steps; it had to fit this form."""
     last = entries[-1]
     unfinished = bool(last.answer and last.answer.tool_calls)
     error = last.error or ("the turn ended before there was an answer" if unfinished else None)
+    reading = form.read(last.answer.text) if form and last.answer and not unfinished else Reading()
+    if reading.faults:
+        error = repair.failure(reading.faults)
     return Reply(
         id=names.reply_id(last.workflow_id, last.turn, 0),
         workflow_id=last.workflow_id,
         turn=last.turn,
-        text=last.answer.text if last.answer else "",
+        text=last.answer.text if last.answer and not reading.faults else "",
+        data=reading.data,
         outcome=TurnOutcome.FAILED if error else TurnOutcome.COMPLETED,
         error=error,
         answers=[reference for entry in entries for reference in entry.answers],

@@ -34,6 +34,7 @@ from activities.entries import (
     Fact,
     MemoryMessage,
     Message,
+    RepairMessage,
     SummaryMessage,
     ToolMessage,
     UserMessage,
@@ -57,7 +58,7 @@ NOT_COMPLETED = (
     "This call was not completed: the turn ended before its result came. Whether it took effect is not known."
 )
 
-_HEARD = (UserMessage, MemoryMessage, SummaryMessage)
+_HEARD = (UserMessage, MemoryMessage, SummaryMessage, RepairMessage)
 """What stands on the user's side of a conversation."""
 
 _NOT_KEPT = {"__all__": {"usage", "timestamp"}}
@@ -175,7 +176,7 @@ def _with_own_ids(calls: Iterable[ToolCall], taken: set[str] | None = None) -> l
 
 def _parts(messages: Iterable[Message]) -> Iterator[UserPromptPart | ToolReturnPart]:
     for message in messages:
-        if isinstance(message, UserMessage):
+        if isinstance(message, (UserMessage, RepairMessage)):
             yield UserPromptPart(message.text)
         elif isinstance(message, SummaryMessage):
             yield UserPromptPart(f"{SUMMARY}\n{message.text}")

@@ -83,8 +83,16 @@ class SummaryMessage(_Record):
     """The newest of the entries that it stands for; together with the summary before it, it stands for all before."""
 
 
+class RepairMessage(_Record):
+    """What was wrong with the answer of the step before, as the model was shown it."""
+
+    role: Literal["repair"] = "repair"
+    text: str
+
+
 Message = Annotated[
-    UserMessage | AssistantMessage | ToolMessage | MemoryMessage | SummaryMessage, Field(discriminator="role")
+    UserMessage | AssistantMessage | ToolMessage | MemoryMessage | SummaryMessage | RepairMessage,
+    Field(discriminator="role"),
 ]
 
 

@@ -65,6 +65,11 @@ _COMPACTIONS = Counter(
     "perennial_compactions_total", "Conversations that were summed up, or could not be.", ["outcome"]
 )
 _TOKENS = Counter("perennial_tokens_total", "Tokens used by model calls.", ["pool", "model", "direction"])
+_REPAIRS = Counter(
+    "perennial_reply_repairs_total",
+    "Answers that did not fit their schema and were sent back; outcome: fits, unfit, or other (tools were called).",
+    ["outcome"],
+)
 
 
 def compaction(outcome: str) -> None:
@@ -173,6 +178,11 @@ def model_call(pool: str, model: str, outcome: str, seconds: float) -> None:
     """A model call has ended; the outcome is `ok` or the remedy of its error."""
     _MODEL_CALLS.labels(pool, model, outcome).inc()
     _MODEL_SECONDS.labels(pool, model).observe(seconds)
+
+
+def reply_repair(outcome: str) -> None:
+    """An answer was sent back to the model, which has answered: it `fits`, it is `unfit` still, or it is `other`."""
+    _REPAIRS.labels(outcome).inc()
 
 
 def tokens(pool: str, model: str, usage: Usage) -> None:

@@ -23,7 +23,8 @@ from activities import metrics
 from activities.compaction import Conversations, summary_of
 from activities.conversation import storable
 from activities.endpoints import Answer, FinalError, Pools
-from activities.entries import Entry, MemoryMessage, Message, ToolMessage, UserMessage
+from activities.entries import Entry, MemoryMessage, Message, RepairMessage, ToolMessage, UserMessage
+from activities.forms import Form, Reading
 from activities.heartbeat import beating
 from activities.ledger import Ledger
 from activities.memory import Memory
@@ -60,6 +61,8 @@ class Model(ModelActivities):
         self._conversations = Conversations(ledger)
         self._memory = Memory(ledger)
         self._pools = pools
+        self._forms: dict[str, Form | None] = {}
+        """What answers have to fit, by the spec's digest: what the ledger has under it never changes."""
 
     @override
     @activity.defn(name="think")
@@ -72,7 +75,7 @@ class Model(ModelActivities):
             return Decision(head=request.head or "", compact=True)
         if entry.parent != request.head or [r.digest for r in entry.answers] != [e.digest for e in request.events]:
             raise _other_life(request)
-        return decision(entry)
+        return decision(entry, await self._form(request.spec_digest))
 
     @override
     @activity.defn(name="compact")
@@ -97,9 +100,18 @@ class Model(ModelActivities):
                     assert entry is not None, "it was just seen"
         return entry
 
+    async def _form(self, digest: str) -> Form | None:
+        """What the answers of agents with this spec have to fit."""
+        if digest not in self._forms:
+            spec = await self._ledger.get_spec(digest)
+            self._forms[digest] = Form(spec.reply.json_schema) if spec.reply else None
+        return self._forms[digest]
+
     async def _step(self, request: ThinkRequest) -> Entry:
         """Make the call; what came of it, as an entry."""
         spec = await self._ledger.get_spec(request.spec_digest)
+        form = await self._form(request.spec_digest)
+        instructions = f"{spec.instructions}\n\n{form.instruction}" if form else spec.instructions
         messages = new_messages(request, await self._reminder(request, spec))
 
         async def conversation(share: int) -> _Conversation:
@@ -111,13 +123,16 @@ class Model(ModelActivities):
         answer: Answer | None = None
         error: str | None = None
         try:
-            answer = await self._ask(request, spec, conversation, tools_allowed=request.tools_allowed)
+            answer = await self._ask(request, spec, instructions, conversation, tools_allowed=request.tools_allowed)
         except FinalError as refused:
             error = str(refused)
         if request.events:
             await self._notice_repeated(request)
         references = [EventReference(source=event.source, id=event.id, type=event.type) for event in request.events]
-        return _entry(request, [*messages, answer.message] if answer else messages, answer, error, references)
+        entry = _entry(request, [*messages, answer.message] if answer else messages, answer, error, references)
+        if request.repair:
+            metrics.reply_repair(_repaired(decision(entry, form)))
+        return entry
 
     async def _compaction(self, request: CompactRequest) -> Entry:
         """Have the older part of the conversation summed up; what came of it, as an entry."""
@@ -134,7 +149,7 @@ class Model(ModelActivities):
         answer: Answer | None = None
         error: str | None = None
         try:
-            answer = await self._ask(request, spec, conversation, tools_allowed=False)
+            answer = await self._ask(request, spec, spec.instructions, conversation, tools_allowed=False)
         except FinalError as refused:
             error = str(refused)
         summary = summary_of(answer.message.text if answer else "", through, spec.context)
@@ -168,6 +183,7 @@ class Model(ModelActivities):
         self,
         request: ThinkRequest | CompactRequest,
         spec: ResolvedSpec,
+        instructions: str,
         conversation: Callable[[int], Awaitable[_Conversation]],
         *,
         tools_allowed: bool,
@@ -187,7 +203,7 @@ class Model(ModelActivities):
             try:
                 return await self._pools.call(
                     spec.route,
-                    instructions=spec.instructions,
+                    instructions=instructions,
                     context=context,
                     messages=messages,
                     tools=spec.tools,
@@ -233,7 +249,10 @@ def _other_life(request: ThinkRequest | CompactRequest) -> Exception:
 
 
 def new_messages(request: ThinkRequest, reminder: list[Message] | None = None) -> list[Message]:
-    """What is new in a step, as the model is shown it: the results it waited for, the reminder, then the events."""
+    """What is new in a step, as the model is shown it.
+
+    The results it waited for, or what was wrong with its answer; the reminder; then the events.
+    """
     results = (
         ToolMessage(
             call_id=storable(result.call_id),
@@ -243,7 +262,13 @@ def new_messages(request: ThinkRequest, reminder: list[Message] | None = None) -
         )
         for result in request.results
     )
-    return [*results, *(reminder or []), *(UserMessage(text=storable(render(event))) for event in request.events)]
+    repair = [RepairMessage(text=storable(request.repair))] if request.repair else []
+    return [
+        *results,
+        *repair,
+        *(reminder or []),
+        *(UserMessage(text=storable(render(event))) for event in request.events),
+    ]
 
 
 def render(event: Event) -> str:
@@ -273,9 +298,11 @@ def _query(events: Iterable[Event]) -> str:
     return "\n".join(found)
 
 
-def decision(entry: Entry) -> Decision:
-    """What was decided in a recorded step."""
+def decision(entry: Entry, form: Form | None = None) -> Decision:
+    """What was decided in a recorded step, by an agent whose answers have to fit this form."""
     answer = entry.answer
+    final = answer is not None and not answer.tool_calls
+    reading = form.read(answer.text) if form and answer and final else Reading()
     return Decision(
         head=entry.id,
         text=answer.text if answer else "",
@@ -284,4 +311,13 @@ def decision(entry: Entry) -> Decision:
         model=entry.model,
         rehearsal=entry.rehearsal,
         error=entry.error,
+        data=reading.data,
+        faults=reading.faults,
     )
+
+
+def _repaired(decided: Decision) -> str:
+    """What came of an answer that was sent back, as the metric names it."""
+    if decided.faults:
+        return "unfit"
+    return "other" if decided.error or decided.tool_calls else "fits"

@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from activities import documents
 from activities.documents import DocumentError
+from activities.forms import FormError, resolve
 from activities.ledger import Ledger
 from activities.mcp_servers import NotRun, Servers
 from activities.memory_tools import memory_tool_spec, memory_tools
@@ -39,6 +40,7 @@ from workflows.spec import (
     ListedTool,
     McpSpec,
     McpTool,
+    ReplyForm,
     ResolvedSpec,
     ToolDefinition,
 )
@@ -74,6 +76,8 @@ class Agent:
     """Its MCP servers, by name."""
     places: dict[str, str] = field(default_factory=dict)
     """Where in the file each of them stands."""
+    reply: ReplyForm | None = None
+    """What its answers have to fit."""
 
     @property
     def name(self) -> AgentName:
@@ -99,6 +103,7 @@ class Agent:
             mailbox=self.spec.mailbox,
             context=self.spec.context,
             memory=self.spec.memory,
+            reply=self.reply,
             hibernate_after=timedelta(seconds=idle) if (idle := self.spec.hibernate_after_seconds) else None,
         )
 
@@ -327,12 +332,22 @@ def load_agent(path: Path) -> Agent:
             continue
         agent.tools[tool.name] = tool
         agent.definitions.append(define(tool_spec, tool))
-    for tool in memory_tools(agent.spec.memory) if agent.spec.memory else []:
-        if tool.name in agent.tools:
-            faults.append(f"{document.place('memory')}: it brings a tool {tool.name}; rename the one among the tools")
-            continue
-        agent.tools[tool.name] = tool
-        agent.definitions.append(define(memory_tool_spec(tool), tool))
+    faults += [f"{document.place('memory')}: {fault}" for fault in _add_memory(agent)]
+    if spec.reply:
+        try:
+            agent.reply = resolve(spec.reply, beside=path.parent)
+        except FormError as error:
+            faults.append(f"{document.place('reply')}: {error}")
     if faults:
         raise SpecError("\n".join(faults))
     return agent
+
+
+def _add_memory(agent: Agent) -> Iterator[str]:
+    """Give the agent the tools of its memory; what is wrong with that."""
+    for tool in memory_tools(agent.spec.memory) if agent.spec.memory else []:
+        if tool.name in agent.tools:
+            yield f"it brings a tool {tool.name}; rename the one among the tools"
+            continue
+        agent.tools[tool.name] = tool
+        agent.definitions.append(define(memory_tool_spec(tool), tool))

@@ -9,6 +9,7 @@ is kept here. Directives stand in the text of a message, or anywhere in an event
     [[error 429 retry-after=2 times=3]]     an error, the first three times for one Idempotency-Key; else always
     [[cut]]  [[hang]]               break off in the middle of the body; never answer (both know `times` too)
     [[say some text]]               the answer
+    [[again some text]]             the answer when that was sent back; another one, when that was too, and so on
     [[call tool {"json": "args"} x5]]       call this tool, five times one after the other, then answer
 """
 
@@ -25,14 +26,16 @@ from typing import Any
 from pydantic import JsonValue
 
 from activities.conversation import SUM_UP, SUMMARY
+from workers.rehearsal_forms import in_form, schema_asked_for
 from workers.rehearsal_protocol import Answer, Call, ChatMessage, ChatRequest, Function
 from workers.rehearsal_rules import Before, Result, ResultOf, Rules, Told, read_event, read_result, reported
+from workflows import repair
 
 _MOST_STEPS = 100
 """So many times a turn calls tools; then it answers, whatever it was told."""
 _QUOTED_CHARACTERS = 300
 
-_DIRECTIVE = re.compile(r"\[\[(latency|error|cut|hang|say|call)\b\s*")
+_DIRECTIVE = re.compile(r"\[\[(latency|error|cut|hang|say|again|call)\b\s*")
 _ERROR = re.compile(r"([45]\d\d)(?:\s+retry-after=(\d+(?:\.\d+)?))?(?:\s+times=(\d+))?")
 _TIMES = re.compile(r"(?:times=(\d+))?")
 _CALL = re.compile(r"([\w.-]+)\s*")
@@ -108,12 +111,13 @@ class _Directives:
     latency: Latency | None = None
     failures: list[Failure] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    again: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
 
 
 @dataclass
 class _Turn:
-    """What was told since the last final answer, and which calls have results.
+    """What was told since the last final answer that was taken, and which calls have results.
 
     `before` grows while its messages are answered, one after the other.
     """
@@ -123,6 +127,8 @@ class _Turn:
     steps: int
     results: dict[str, deque[Result]]
     called: set[str]
+    sent_back: int = 0
+    """How often an answer in it was sent back."""
 
     def result_of(self, call: Call) -> Result | None:
         """The result of a call; each result is given once, the first one first."""
@@ -145,6 +151,7 @@ def decide(request: ChatRequest, rules: Rules) -> Decision:
     failures: list[Failure] = []
     calls: list[Call] = []
     said: list[str] = []
+    as_directed = False
     for content in turn.told:
         told = read_event(content)
         if told is None:
@@ -154,17 +161,24 @@ def decide(request: ChatRequest, rules: Rules) -> Decision:
         answer = _answer(request, rules, told, directives, turn, tools_allowed=tools_allowed)
         latencies += [directives.latency] if directives.latency else []
         failures += directives.failures
+        as_directed = as_directed or bool(directives.said)
         calls += answer.calls
         said.append(answer.text)
         turn.before.messages.append(told.text or content)
+    schema = None if as_directed else schema_asked_for(_instructions(request))
+    text = in_form(schema, said) if schema else "\n\n".join(filter(None, said)) or _NOTHING
     return Decision(
-        answer=Answer(calls=calls) if calls else Answer("\n\n".join(filter(None, said)) or _NOTHING),
+        answer=Answer(calls=calls) if calls else Answer(text),
         latency=max(latencies, key=lambda latency: latency.most, default=None),
         failures=failures,
     )
 
 
 _NOTHING = "I was told nothing."
+
+
+def _instructions(request: ChatRequest) -> str:
+    return "\n".join(message.content for message in request.messages if message.role in {"system", "developer"})
 
 
 def _answer(  # noqa: PLR0913  # what an answer is made of
@@ -178,6 +192,8 @@ def _answer(  # noqa: PLR0913  # what an answer is made of
 ) -> Answer:
     """The answer to one message of the turn."""
     if directives.calls or directives.said:
+        if turn.sent_back and directives.again:
+            directives.said = [directives.again[min(turn.sent_back, len(directives.again)) - 1]]
         return _as_directed(directives, turn.result_of, tools_allowed=tools_allowed)
     functions = [tool.function for tool in request.tools]
     applied = rules.find(told, {function.name for function in functions} | turn.called, turn.before)
@@ -200,13 +216,16 @@ def _answer(  # noqa: PLR0913  # what an answer is made of
 
 def _turn(messages: Sequence[ChatMessage]) -> _Turn:
     final = [
-        number for number, message in enumerate(messages) if message.role == "assistant" and not message.tool_calls
+        number
+        for number, message in enumerate(messages)
+        if message.role == "assistant" and not message.tool_calls and not _is_sent_back(messages, number)
     ]
     begin = final[-1] + 1 if final else 0
     called = Counter(call.function.name for message in messages[:begin] for call in message.tool_calls)
     past = ((content, read_event(content)) for content in _users(messages[:begin]))
     before = Before([told.text or content for content, told in past if told], called)
     turn = _Turn(before=before, told=_users(messages[begin:]), steps=0, results={}, called=set())
+    turn.sent_back = sum(_is_sent_back(messages, number) for number in range(begin, len(messages)))
     identities: dict[str, str] = {}
     for message in messages[begin:]:
         turn.steps += bool(message.tool_calls)
@@ -217,6 +236,14 @@ def _turn(messages: Sequence[ChatMessage]) -> _Turn:
             result = Result(read_result(message.content))
             turn.results.setdefault(identities[message.tool_call_id], deque()).append(result)
     return turn
+
+
+def _is_sent_back(messages: Sequence[ChatMessage], number: int) -> bool:
+    """Whether a message is an answer after which it is said that it does not fit."""
+    return messages[number].role == "assistant" and any(
+        message.role == "user" and message.content.startswith(repair.WRONG)
+        for message in messages[number + 1 : number + 2]
+    )
 
 
 def _users(messages: Sequence[ChatMessage]) -> list[str]:
@@ -254,6 +281,8 @@ def _read_directive(text: str, begun: re.Match[str], found: _Directives) -> int:
             found.latency = Latency.parse(argument)
         case "say":
             found.said.append(argument)
+        case "again":
+            found.again.append(argument)
         case "error":
             error = _ERROR.fullmatch(argument)
             if not error:

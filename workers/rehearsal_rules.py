@@ -9,6 +9,7 @@ r"""The rules of the rehearsal endpoint: their file, and what one of them says t
         say:
           - {if: {flag_shipment.error: null}, text: {en: "It is flagged.", fr: "C'est signalé."}}
           - "Order {data.order_id} is {look_up_order.status}."
+      - data: {status: "{look_up_order.status}", days: "{data.days_late}"}
 
 The first rule whose `when` holds decides, if the tools it calls are offered. A call is made when its `if` holds and
 everything its arguments mention is there; it waits only for earlier calls that it mentions. Of calls with the same name
@@ -21,8 +22,8 @@ of them, and how often a tool was called for them), and `<tool>.*`: a call's res
 `<tool>.error`.
 
 A condition is a value (of a text a glob), a comparison such as "> 3", a list of which one fits, or null: the field is
-not there. `{field}` in a text is replaced, `{field:cents}` by an amount (1250: 12.50); when it is the whole of an
-argument, its JSON type is kept.
+not there. What is said is a text, or `data`: an answer in JSON. `{field}` in a text is replaced, `{field:cents}` by an
+amount (1250: 12.50); when it is the whole of an argument, or of a value in `data`, its JSON type is kept.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, m
 
 from activities.conversation import EARLIER, LEFT_OUT, REMINDER, SUMMARY
 from workers.rehearsal_protocol import Answer, Call
-from workflows import names
+from workflows import names, repair
 
 Conditions = dict[str, JsonValue]
 Fields = Mapping[str, JsonValue]
@@ -97,7 +98,7 @@ class Told:
 
 def read_event(content: str) -> Told | None:
     """A user's message, as `activities/model.py` renders events, or as a person wrote it; None if it tells nothing."""
-    if content in {EARLIER, LEFT_OUT} or content.startswith((REMINDER, SUMMARY)):
+    if content in {EARLIER, LEFT_OUT} or content.startswith((REMINDER, SUMMARY, repair.WRONG)):
         return None
     rendered = _RENDERED.fullmatch(content)
     if rendered:
@@ -184,15 +185,22 @@ class CallRule(_Form):
 
 
 class Say(_Form):
-    """Something a rule may say: one text, or one for each language."""
+    """Something a rule may say: one text, or one for each language, or an answer in JSON."""
 
     conditions: Conditions = Field(default_factory=dict, alias="if")
-    text: str | dict[str, str] = Field(min_length=1)
+    text: str | dict[str, str] | None = Field(None, min_length=1)
+    data: dict[str, JsonValue] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _text_alone(cls, value: Any) -> Any:
         return {"text": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.text is None) == (self.data is None):
+            raise ValueError("give either a text or data")
+        return self
 
 
 class Rule(_Form):
@@ -218,7 +226,8 @@ class Rule(_Form):
                 raise ValueError(f"{call.known_as!r} is a field of the event; give the call another name with `as`")
             known.append(call.known_as)
         for say in self.say:
-            _check_mentions(say.conditions, [*say.text.values()] if isinstance(say.text, dict) else say.text, known)
+            texts: JsonValue = [*say.text.values()] if isinstance(say.text, dict) else say.text
+            _check_mentions(say.conditions, texts or say.data, known)
         return self
 
     def considered(self, offered: Iterable[str]) -> bool:
@@ -318,12 +327,20 @@ class Applied:
 
     def _said(self, fields: Fields) -> str | None:
         for say in self.rule.say:
-            text = say.text
-            if isinstance(text, dict):
-                text = text.get(str(fields["lang"])) or next(iter(text.values()))
-            if _hold(say.conditions, fields) and (said := _filled_text(text, fields)) is not None:
+            if _hold(say.conditions, fields) and (said := _said(say, fields)) is not None:
                 return said
         return None
+
+
+def _said(say: Say, fields: Fields) -> str | None:
+    """What is said, if all that it mentions is there."""
+    if say.data is not None:
+        filled = _filled(say.data, fields)
+        return None if filled is None else json.dumps(filled, ensure_ascii=False)
+    text = say.text or ""
+    if isinstance(text, dict):
+        text = text.get(str(fields["lang"])) or next(iter(text.values()))
+    return _filled_text(text, fields)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from activities.entries import (
     Entry,
     MemoryMessage,
     Message,
+    RepairMessage,
     SummaryMessage,
     ToolMessage,
     UserMessage,
@@ -203,21 +204,26 @@ def _message(message: Message, *, rehearsal: bool) -> Iterator[Text]:
     match message:
         case UserMessage():
             yield _indented("event", message.text, "cyan")
+        case RepairMessage():
+            yield _indented("sent back", message.text, "yellow")
         case MemoryMessage():
             for fact in message.facts:
                 yield _indented("recalls", f"{fact.text} ({fact.scope}, {fact.id})", "magenta")
-        case SummaryMessage():
-            if message.text:
-                yield _indented("sums up", message.text, "magenta")
+        case SummaryMessage(text=summary) if summary:
+            yield _indented("sums up", summary, "magenta")
         case ToolMessage():
-            fine = message.outcome is ToolOutcome.OK
-            how = "" if fine else f"({message.outcome.value}) "
-            yield _indented(message.name, f"{how}{message.content}", "blue" if fine else "red")
+            yield _result(message)
         case AssistantMessage():
             if message.text:
                 yield _indented("agent", marked(message.text, rehearsal=rehearsal), "green")
             for call in message.tool_calls:
                 yield _indented("calls", f"{call.name} {call.arguments}", "blue")
+
+
+def _result(message: ToolMessage) -> Text:
+    fine = message.outcome is ToolOutcome.OK
+    how = "" if fine else f"({message.outcome.value}) "
+    return _indented(message.name, f"{how}{message.content}", "blue" if fine else "red")
 
 
 def _indented(label: str, text: str, style: str) -> Text:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import datetime
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from workflows.events import Event, EventReference, Outgoing
 
@@ -76,6 +76,8 @@ class ThinkRequest(_Message):
     """False in the last step a turn may take: the model has to answer."""
     may_compact: bool = False
     """Whether `Decision.compact` may be answered."""
+    repair: str = ""
+    """What is wrong with the answer of the step before, as the model is told it; empty: nothing is."""
 
 
 class CompactRequest(_Message):
@@ -104,6 +106,10 @@ class Decision(_Message):
     """Why there is no answer: the request itself was refused, and no repetition would help."""
     compact: bool = False
     """The conversation has to be summed up first: no call was made, and nothing is recorded."""
+    data: JsonValue = None
+    """The answer as JSON, if the agent's spec has a schema for it and the answer fits."""
+    faults: list[str] = Field(default_factory=list)
+    """What is wrong with the answer, if it does not."""
 
 
 class ToolRequest(_Message):
@@ -168,6 +174,8 @@ class Reply(_Message):
     workflow_id: str
     turn: int
     text: str
+    data: JsonValue = None
+    """The answer as JSON, if the agent's spec has a schema for it (`reply`)."""
     outcome: TurnOutcome = TurnOutcome.COMPLETED
     error: str | None = None
     """Why there is no answer, when the turn failed."""

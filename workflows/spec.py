@@ -15,6 +15,8 @@
     context: {tokens: 24000, compact: true}
     memory:
       read: [key, tenant]
+    reply: # answers are JSON that this schema describes
+      schema: {type: object, properties: {urgent: {type: boolean}}, required: [urgent]}
     subscriptions:
       - topic: store.events
         types: ["store.customer.*"]
@@ -53,7 +55,7 @@ KeyPath = Annotated[str, StringConstraints(pattern=r"^(subject|data(\.[^.\s]+)+)
 """Where an event carries the agent's key: `subject`, or a dotted path into its data such as `data.order_id`."""
 
 PythonPath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-"""A Python function, `module:function`; the module may also be a file beside the spec."""
+"""A Python function or class, `module:name`; the module may also be a file beside the spec."""
 
 
 VariableName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$")]
@@ -231,6 +233,34 @@ class MemorySpec(_Carried):
     """How long these facts may be together."""
 
 
+def _written(schema: Any) -> str:
+    return "<file>" if isinstance(schema, str) else "<schema>"
+
+
+WrittenSchema = Annotated[
+    Annotated[str, Tag("<file>")] | Annotated[dict[str, JsonValue], Tag("<schema>")], Discriminator(_written)
+]
+"""JSON Schema; or a file with it, .json or .yaml, by its path from the folder of the spec."""
+
+
+class ReplySpec(_Strict):
+    """What the agent's answers have to look like: JSON that fits a schema."""
+
+    model_config = ConfigDict(serialize_by_alias=True)  # so that it can be read again
+
+    written: WrittenSchema | None = Field(None, alias="schema")
+    pydantic: PythonPath | None = None
+    """Or a pydantic model: its JSON Schema is taken when the spec is read. Validators written in Python are not run."""
+    repairs: int = Field(2, ge=0, le=10)
+    """How often an answer that does not fit is sent back to the model, in one turn; then the turn fails."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.written is None) == (self.pydantic is None):
+            raise ValueError("give either a schema or a pydantic model")
+        return self
+
+
 class _BudgetSection(BudgetSpec, _Strict):
     pass
 
@@ -264,6 +294,8 @@ class AgentSpec(_Strict):
     context: _ContextSection = _ContextSection()
     memory: _MemorySection | None = None
     """What it may keep and be reminded of, beyond its conversation; `memory: {}` is the usual. None: nothing."""
+    reply: ReplySpec | None = None
+    """What its answers have to look like. None: they are text."""
     order: Literal["relaxed", "strict"] = "relaxed"
     """What becomes of later events when one that may have been for the agent was dead-lettered: they are taken, or they
     wait (`strict`) until it is redriven or dropped. Whose a record was that can't be read, only its key says: with
@@ -306,6 +338,13 @@ class ToolDefinition(_Carried):
     attempts: int = 5
 
 
+class ReplyForm(_Carried):
+    """What answers have to look like, as the model is told of it and `think` checks it."""
+
+    json_schema: dict[str, JsonValue]
+    repairs: int = 2
+
+
 class ResolvedSpec(_Carried):
     """A spec with its tools looked up: what the ledger keeps under its digest, and an entry refers to."""
 
@@ -321,6 +360,7 @@ class ResolvedSpec(_Carried):
     mailbox: MailboxSpec = MailboxSpec()
     context: ContextSpec = ContextSpec()
     memory: MemorySpec | None = None
+    reply: ReplyForm | None = None
     hibernate_after: timedelta | None = None
 
     def control(self, digest: str) -> ControlSpec:
@@ -331,6 +371,7 @@ class ResolvedSpec(_Carried):
             mailbox=self.mailbox,
             hibernate_after=self.hibernate_after,
             compact=self.context.compact,
+            repairs=self.reply.repairs if self.reply else 0,
             tools={
                 tool.name: ToolControl(timeout=tool.timeout, repeatable=tool.repeatable, attempts=tool.attempts)
                 for tool in self.tools
@@ -355,4 +396,6 @@ class ControlSpec(_Carried):
     mailbox: MailboxSpec = MailboxSpec()
     hibernate_after: timedelta | None = None
     compact: bool = False
+    repairs: int = 0
+    """How often an answer that does not fit its schema may be sent back in one turn."""
     tools: dict[str, ToolControl] = Field(default_factory=dict)

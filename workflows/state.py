@@ -45,6 +45,10 @@ class CurrentTurn(BaseModel):
     """Events the model has not been shown yet."""
     results: list[ToolResult] = Field(default_factory=list)
     """Results of tool calls the model has not been shown yet."""
+    repair: str = ""
+    """What is wrong with the last answer, which the model has not been told yet; empty: nothing is."""
+    repairs: int = 0
+    """How often it was told so in this turn."""
     usage: Usage = Usage()
     tool_calls: int = 0
 
@@ -87,6 +91,7 @@ class AgentState(BaseModel):
         self.record_call(turn, decision)
         turn.events = []
         turn.results = []
+        turn.repair = ""
 
     def record_call(self, turn: CurrentTurn, decision: Decision) -> None:
         """Note the new head, and what a call cost, but not that the model was shown what is new in the turn."""

@@ -13,7 +13,7 @@ from temporalio.exceptions import ActivityError, ApplicationError, is_cancelled_
 from temporalio.exceptions import TimeoutError as ActivityTimeoutError
 
 with workflow.unsafe.imports_passed_through():
-    from workflows import interface, names
+    from workflows import interface, names, repair
     from workflows.errors import NOT_RUN, failure_message
     from workflows.life import Life, count
     from workflows.messages import (
@@ -80,6 +80,7 @@ class Turns:
                     results=turn.results,
                     tools_allowed=not last,
                     may_compact=spec.compact and not (last or compacted),
+                    repair=turn.repair,
                 ),
                 task_queue=names.model_queue(workflow.info().task_queue),
                 summary=_think_summary(turn),
@@ -91,8 +92,11 @@ class Turns:
                 continue
             compacted = False
             self._state.record_step(turn, decision)
+            if repair.sent_back(spec, turn, decision):
+                self._life.continue_as_new_if_due()
+                continue
             if decision.error or last or not decision.tool_calls:
-                return decision
+                return repair.settled(decision)
             step = turn.step - 1
             wanted, surplus = decision.tool_calls[:_CALLS_PER_STEP], decision.tool_calls[_CALLS_PER_STEP:]
             room = result_bytes(len(wanted))
@@ -165,6 +169,7 @@ class Turns:
             workflow_id=self._life.id,
             turn=turn.number,
             text=decision.text,
+            data=decision.data,
             outcome=outcome,
             error=decision.error,
             answers=turn.answers,
@@ -197,6 +202,8 @@ class Turns:
 
 
 def _think_summary(turn: CurrentTurn) -> str:
+    if turn.repair:
+        return f"turn {turn.number}, step {turn.step}: repair of the answer"
     new = count(len(turn.events), "event") if turn.events else count(len(turn.results), "tool result")
     return f"turn {turn.number}, step {turn.step}: {new}"
 

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from temporalio.testing import ActivityEnvironment
 
 from activities.agent_state import AgentLedger, caught_up, reply_of
-from activities.entries import AssistantMessage, Entry, Message, ToolMessage, UserMessage
+from activities.entries import AssistantMessage, Entry, Message, RepairMessage, ToolMessage, UserMessage
 from activities.ledger import Ledger
-from workflows import names
+from workflows import names, repair
 from workflows.events import Event, EventReference
 from workflows.mailbox import Mailbox
-from workflows.messages import ReplyRequest, ToolCall, TurnOutcome, Usage
+from workflows.messages import Reply, ReplyRequest, ToolCall, TurnOutcome, Usage
+from workflows.spec import ReplyForm, ResolvedSpec
 from workflows.state import AgentState, CurrentTurn, Snapshot
 
 AGENT = "agent/store/logistics/order-42"
@@ -254,3 +255,27 @@ def test_catching_up_bit_by_bit_comes_to_the_same(turns: list[list[int]], waitin
     assert state.mailbox.accept([event(number) for number in sorted(answered)], horizon=1000) == [
         event(number) for number in sorted(answered)
     ]
+
+
+async def test_the_reply_of_an_agent_whose_answers_have_a_schema_is_found_whole(ledger: Ledger) -> None:
+    """Read again from what is recorded, it is the reply that was given: with its data, or failed, and why."""
+    spec = ResolvedSpec(
+        name="a", tenant="t", instructions="x", reply=ReplyForm(json_schema={"type": "object", "required": ["n"]})
+    )
+    digest = await ledger.put_spec(spec)
+    wrong: list[Message] = [UserMessage(text="Well?"), AssistantMessage(text="{}")]
+    right: list[Message] = [RepairMessage(text="no"), AssistantMessage(text='{"n": 1}')]
+    one = await ledger.append(step(1, 1, 1, messages=wrong, spec_digest=digest))
+    two = await ledger.append(step(1, 2, parent=one, messages=right, spec_digest=digest))
+    await ledger.append(step(2, 1, 2, parent=two, messages=wrong, spec_digest=digest))
+
+    async def found(turn: int) -> Reply:
+        request = ReplyRequest(workflow_id=AGENT, turn=turn)
+        reply = await ActivityEnvironment().run(AgentLedger(ledger).find_reply, request)
+        assert reply is not None
+        return reply
+
+    repaired, failed = await found(1), await found(2)
+    assert (repaired.outcome, repaired.text, repaired.data) == (TurnOutcome.COMPLETED, '{"n": 1}', {"n": 1})
+    assert (failed.outcome, failed.text, failed.data) == (TurnOutcome.FAILED, "", None)
+    assert failed.error == repair.failure(["$: 'n' is a required property"])

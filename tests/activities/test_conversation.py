@@ -24,6 +24,7 @@ from activities.entries import (
     Fact,
     MemoryMessage,
     Message,
+    RepairMessage,
     ToolMessage,
     UserMessage,
     canonical,
@@ -40,7 +41,8 @@ results = st.builds(
 )
 facts = st.builds(Fact, text=texts)
 reminders = st.builds(MemoryMessage, facts=st.lists(facts, max_size=2))
-messages = st.lists(st.one_of(st.builds(UserMessage, text=texts), reminders, answers, results), max_size=8)
+told = st.builds(UserMessage, text=texts) | st.builds(RepairMessage, text=texts)
+messages = st.lists(st.one_of(told, reminders, answers, results), max_size=8)
 
 
 def entry(*content: Message, error: str | None = None) -> Entry:
@@ -64,7 +66,7 @@ def test_an_answer_survives_the_way_to_the_library_and_back(answer: AssistantMes
 def test_every_provider_can_take_what_is_shown(earlier: list[list[Message]], new: list[Message]) -> None:
     """It begins with a user; calls are followed by exactly their results, in order; ids are there and unique."""
     mended = shown([entry(*content) for content in earlier], new)
-    assert isinstance(mended[0], (UserMessage, MemoryMessage))
+    assert isinstance(mended[0], (UserMessage, MemoryMessage, RepairMessage))
     waiting: list[str] = []
     seen: set[str] = set()
     for message in mended:
@@ -257,3 +259,17 @@ def test_a_reminder_stays_for_its_turn_and_no_longer() -> None:
         mended = shown([asked, answered], new)
         assert [message for message in mended if isinstance(message, MemoryMessage)] == new[:-1]
     assert first not in shown([entry(first, UserMessage(text="1"), error="refused")], [])
+
+
+def test_what_was_wrong_with_an_answer_is_told_after_it() -> None:
+    """As by a user, in this turn and later ones: the conversation is what it was."""
+    asked = entry(UserMessage(text="Is it?"), AssistantMessage(text="maybe"))
+    repaired = entry(RepairMessage(text="not so"), AssistantMessage(text="yes"))
+    sent = model_messages([asked, repaired], [UserMessage(text="Why?")])
+    assert [[part.content for part in message.parts] for message in sent] == [  # type: ignore[union-attr]
+        ["Is it?"],
+        ["maybe"],
+        ["not so"],
+        ["yes"],
+        ["Why?"],
+    ]

@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from activities.entries import AssistantMessage, Entry, Fact, MemoryMessage, ToolMessage, UserMessage, canonical
+from activities.entries import (
+    AssistantMessage,
+    Entry,
+    Fact,
+    MemoryMessage,
+    RepairMessage,
+    ToolMessage,
+    UserMessage,
+    canonical,
+)
 from workflows.events import EventReference
 from workflows.messages import ToolCall, ToolOutcome, Usage
 from workflows.spec import Scope
@@ -105,6 +114,11 @@ def test_the_encoding_of_a_reminder_never_changes() -> None:
         '"scope":"key","text":"Préfère le thé.","turn":1,"workflow_id":"agent/store/desk/order-42"}],"role":"memory"}'
     )
     assert REMINDED.id == "218aa38770fb648fc29a6eeef4e91319597bc46aefc7cb6bf559b9d4521ae007"
+
+
+def test_the_encoding_of_a_repair_never_changes() -> None:
+    """It too came later."""
+    assert canonical(RepairMessage(text="Not so.")).decode() == '{"role":"repair","text":"Not so."}'
 
 
 def test_the_id_is_the_hash_of_the_stored_bytes() -> None:

@@ -21,14 +21,22 @@ from temporalio.testing import ActivityEnvironment
 
 from activities.conversation import LEFT_OUT, REMINDER
 from activities.endpoints import ModelsConfig, PoolConfig, Pools
-from activities.entries import AssistantMessage, Entry, MemoryMessage, ToolMessage, UserMessage, canonical
+from activities.entries import (
+    AssistantMessage,
+    Entry,
+    MemoryMessage,
+    RepairMessage,
+    ToolMessage,
+    UserMessage,
+    canonical,
+)
 from activities.ledger import Ledger
 from activities.memory import Call, Memory
 from activities.model import Model, new_messages, render
-from workflows import names
+from workflows import names, repair
 from workflows.events import Event, EventReference
 from workflows.messages import Decision, ThinkRequest, ToolCall, ToolOutcome, ToolResult, Usage
-from workflows.spec import ContextSpec, MemorySpec, ResolvedSpec, Scope, ToolDefinition
+from workflows.spec import ContextSpec, MemorySpec, ReplyForm, ResolvedSpec, Scope, ToolDefinition
 
 AGENT = "agent/store/logistics/order-42"
 SHIPPED = Event(id="e1", source="shop", type="order.shipped", subject="order-42", data={"by": "Größe", "n": 1})
@@ -59,7 +67,11 @@ class World:
 
 @asynccontextmanager
 async def world(
-    folder: Path, *replies: Reply, tokens: int = 32_000, memory: MemorySpec | None = None
+    folder: Path,
+    *replies: Reply,
+    tokens: int = 32_000,
+    memory: MemorySpec | None = None,
+    reply: ReplyForm | None = None,
 ) -> AsyncIterator[World]:
     """An agent whose model answers with these."""
     spec = ResolvedSpec(
@@ -69,6 +81,7 @@ async def world(
         tools=[ToolDefinition(name="look", python="tools:look")],
         context=ContextSpec(tokens=tokens),
         memory=memory,
+        reply=reply,
     )
     async with serving(*replies) as server, Ledger(f"sqlite:///{folder}/ledger.db") as ledger:
         config = ModelsConfig(pools={"only": PoolConfig(model="openai-chat:small", base_url=server.url)})
@@ -387,3 +400,65 @@ async def test_what_an_event_holds_decides_and_not_how_it_is_written(tmp_path: P
         fact = await memory.remember(Call(AGENT, 1, "k2"), "Moved to rue des Lilas.", Scope.KEY)
         await agent.think(event)
         assert (await agent.entry()).messages[0] == MemoryMessage(facts=[fact])
+
+
+# Answers that have to fit --------------------------------------------------------------------------------------------
+
+NUMBERED = ReplyForm(json_schema={"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]})
+
+
+def repairs(outcome: str) -> float:
+    return REGISTRY.get_sample_value("perennial_reply_repairs_total", {"outcome": outcome}) or 0.0
+
+
+async def test_an_answer_is_checked_against_the_agents_schema(tmp_path: Path) -> None:
+    """The model is told of it; a wrong answer is recorded as it is, and so is what was said of it; then it fits."""
+    before = {outcome: repairs(outcome) for outcome in ("fits", "unfit", "other")}
+    replies = said("one"), said('{"n": "x"}'), said('{"n": 1}')
+    async with world(tmp_path, *replies, reply=NUMBERED) as agent:
+        first = await agent.think(SHIPPED)
+        told = repair.message(first.faults)
+        second = await agent.think(step=2, head=first.head, repair=told)
+        third = await agent.think(step=3, head=second.head, repair=repair.message(second.faults))
+        again = await agent.think(step=3, head=second.head, repair=repair.message(second.faults))
+        assert (await agent.entry()).messages[-1] == AssistantMessage(text="one")
+        assert (await agent.entry(step=2)).messages == [
+            RepairMessage(text=told),
+            AssistantMessage(text='{"n": "x"}'),
+        ]
+    assert (first.text, first.data, first.faults) == (
+        "one",
+        None,
+        ["the answer is not JSON: Expecting value: line 1 column 1 (char 0)"],
+    )
+    assert second.faults == ["$.n: 'x' is not of type 'integer'"]
+    assert (third.data, third.faults) == ({"n": 1}, [])
+    assert again == third, "found in the ledger, it is judged as it was"
+    system, *rest = agent.server.requests[1]["messages"]
+    assert system["content"].startswith("Ship things.\n\nYour final answer is read by a program.")
+    assert '"required": ["n"]' in system["content"]
+    assert [message["role"] for message in rest] == ["user", "assistant", "user"]
+    assert rest[-1]["content"] == told
+    counted = {outcome: repairs(outcome) - number for outcome, number in before.items()}
+    assert counted == {"fits": 1, "unfit": 1, "other": 0}, "one that was found was counted when it was made"
+
+
+async def test_only_a_final_answer_has_to_fit(tmp_path: Path) -> None:
+    """Not what is said beside a tool call, and not a call that was refused."""
+    calling = said("I look.", ("c1", "look", "{}"), finish="tool_calls")
+    async with world(tmp_path, calling, refused(400, "no"), said("fine"), reply=NUMBERED) as agent:
+        called = await agent.think(SHIPPED, repair="not so")
+        failed = await agent.think(
+            step=2, head=called.head, results=[ToolResult(call_id="c1", name="look", content="")]
+        )
+    assert (called.faults, called.data) == ([], None)
+    assert failed.error
+    assert failed.faults == []
+
+
+async def test_an_agent_without_a_schema_is_told_of_none(tmp_path: Path) -> None:
+    """Its answers are text, also if they look like JSON."""
+    async with world(tmp_path, said('{"n": 1}')) as agent:
+        decided = await agent.think(SHIPPED)
+    assert (decided.text, decided.data, decided.faults) == ('{"n": 1}', None, [])
+    assert agent.server.requests[0]["messages"][0]["content"] == "Ship things."

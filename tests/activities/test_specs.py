@@ -98,6 +98,12 @@ def test_a_folder_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> 
             "name: desk\ninstructions: x\ntools:\n  - python: twins:recall\nmemory: {}\n",
             ":5: memory: it brings a tool recall; rename the one among the tools",
         ),
+        (
+            "name: desk\ninstructions: x\nreply:\n  schema: {type: objekt}\n",
+            ":4: reply: not a JSON Schema: $.type: 'objekt' is not valid",
+        ),
+        ("name: desk\ninstructions: x\nreply: {schema: gone.json}\n", ":3: reply: "),
+        ("name: desk\ninstructions: x\nreply: {schema: {a: 2026-01-01}}\n", ":3: reply.schema.a: "),
     ],
 )
 def test_a_mistake_is_named_with_file_line_and_field(tmp_path: Path, text: str, complaint: str) -> None:

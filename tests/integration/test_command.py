@@ -333,7 +333,9 @@ def test_a_reader_that_has_seen_enough_ends_tail_quietly(perennial: Perennial) -
 def test_agents_are_listed_and_shown_and_steered(perennial: Perennial) -> None:
     """An agent's life at the terminal: asked, paused, resumed, stopped, and asleep with all it knows."""
     who = "store/security/account-7"
-    assert perennial("ask", who, "[[say hello]]").status == 0
+    verdict = {"verdict": "harmless", "log": ["hello"]}
+    ran = perennial("ask", who, f"[[say {json.dumps(verdict)}]]", "--json")
+    assert (ran.status, json.loads(ran.out)["data"]) == (0, verdict)
 
     table = perennial("agents", "--agent", "security")
     assert table.status == 0
@@ -346,7 +348,7 @@ def test_agents_are_listed_and_shown_and_steered(perennial: Perennial) -> None:
     assert (ran.status, ran.out) == (0, f"{who} is paused; 0 events waiting, until `perennial resume`\n")
     ran = perennial("show", who)
     assert ran.status == 0
-    for part in (f"{who}  paused\n", "inspection", "1 turn (0 failed)", "agent: [rehearsal] hello", "/workflows/agent"):
+    for part in (f"{who}  paused\n", "inspection", "1 turn (0 failed)", "agent: [rehearsal] {", "/workflows/agent"):
         assert part in ran.out
     ran = perennial("resume", who, "--json")
     assert Status.model_validate_json(ran.out).state == "idle"

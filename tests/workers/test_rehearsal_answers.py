@@ -10,9 +10,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from activities.forms import Form
 from workers.rehearsal_answers import Decision, DirectiveError, Failure, Latency, decide
 from workers.rehearsal_protocol import Answer, Call, ChatRequest, completion
 from workers.rehearsal_rules import Rules
+from workflows import repair
 
 RULES = Rules.model_validate(
     yaml.safe_load("""
@@ -175,6 +177,26 @@ def test_a_message_can_ask_for_trouble() -> None:
     assert [decision.failure(asked) for asked in range(1, 6)] == [limited, limited, cut, hang, hang]
     assert '"Hello"' in decision.answer.text
     assert directed("[[error 503 times=1]]").failure(2) is None
+
+
+def test_an_answer_that_was_sent_back_is_given_again_as_the_message_asks() -> None:
+    """The turn is still the same: its directives count, its calls are not made again."""
+    talk = Talk(LOOK)
+    assert talk.turn("[[call look]] [[say one]] [[again two]] [[again three]]") == "one"
+    assert [talk.turn(repair.message(["no"])) for _ in range(3)] == ["two", "three", "three"]
+    assert talk.turn("[[say done]]") == "done"
+    assert talk.turn(repair.message(["no"])) == "done", "without another answer it is the same"
+    assert talk.turn("Hello?").startswith('You told me: "Hello?"')
+
+
+def test_an_answer_that_has_to_fit_a_schema_does() -> None:
+    """Save what a message directs: tests want wrong answers, too."""
+    schema: dict[str, Any] = {"type": "object", "properties": {"note": {"type": "string"}}, "required": ["note"]}
+    instruction = {"role": "system", "content": f"Be kind.\n\n{Form(schema).instruction}"}
+    talk = Talk(LOOK, ACT)
+    talk.messages = [instruction]
+    assert json.loads(talk.turn(lost("order-1"))) == {"note": "order-1 is fine"}
+    assert talk.turn("[[say no]]") == "no"
 
 
 def test_directives_of_earlier_turns_are_over() -> None:

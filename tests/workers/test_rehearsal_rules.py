@@ -17,11 +17,13 @@ from pydantic_ai.tools import Tool
 
 from activities import demo_carrier, demo_store, documents
 from activities.conversation import EARLIER, LEFT_OUT, REMINDER
+from activities.forms import Form
 from activities.memory_tools import memory_tools
 from activities.model import render
+from activities.specs import load_agent
 from workers.rehearsal_protocol import Answer, Call
 from workers.rehearsal_rules import Applied, Before, Result, Rules, Told, read_event, read_result
-from workflows import names
+from workflows import names, repair
 from workflows.events import Event
 from workflows.spec import MemorySpec
 
@@ -74,7 +76,9 @@ def test_what_a_person_wrote_is_a_question() -> None:
         assert read_event(text) == question(text)
 
 
-@pytest.mark.parametrize("text", [EARLIER, LEFT_OUT, f"{REMINDER}\n- Has a dog. [0, key, kept 2026-01-02]"])
+@pytest.mark.parametrize(
+    "text", [EARLIER, LEFT_OUT, repair.message(["x"]), f"{REMINDER}\n- Has a dog. [0, key, kept 2026-01-02]"]
+)
 def test_what_stands_for_a_gap_tells_nothing(text: str) -> None:
     """The conversation's own remarks are not answered."""
     assert read_event(text) is None
@@ -110,6 +114,9 @@ def test_a_result_is_json_or_text(content: str, value: JsonValue) -> None:
         ("rules:\n  - when: {colour: red}\n    say: hi", ":2: rules.0.when: Value error, 'colour' is not known here"),
         ("rules:\n  - say: '{look.status}'", ":2: rules.0: Value error, 'look.status' is not known here"),
         ("rules:\n  - calls: [{tool: data}]\n    say: hi", "'data' is a field of the event"),
+        ("rules:\n  - {say: [{text: hi, data: {}}]}", ":2: rules.0.say.0: Value error, give either a text or data"),
+        ("rules:\n  - {say: [{if: {}}]}", ":2: rules.0.say.0: Value error, give either a text or data"),
+        ("rules:\n  - {say: [{data: {a: ['{look.b}']}}]}", ":2: rules.0: Value error, 'look.b' is not known here"),
         ("languages: {fr: '('}", "rules.yaml:1: languages: Value error, fr: not a regular expression"),
     ],
 )
@@ -276,6 +283,19 @@ def test_named_groups_of_the_expression_are_fields() -> None:
     assert answer(text, question("And ORDER-12?"), {}).calls == [Call("look", {"id": "ORDER-12"})]
 
 
+def test_what_is_said_may_be_json() -> None:
+    """A value keeps its type where it is the whole; what is not there passes to the next candidate."""
+    text = """
+    rules:
+      - calls: [{tool: look}]
+        say:
+          - data: {days: "{look.days}", why: ["late by {look.days}", 1]}
+          - data: {days: null}
+    """
+    assert json.loads(answer(text, event(), {"look": {"days": 3}}).text) == {"days": 3, "why": ["late by 3", 1]}
+    assert json.loads(answer(text, event(), {"look": {}}).text) == {"days": None}
+
+
 # The demo's rules ----------------------------------------------------------------------------------------------------
 
 STORE = Path("deploy/rehearsal.yaml")
@@ -337,3 +357,40 @@ def test_a_call_of_the_demo_has_arguments_that_its_tool_knows() -> None:
     rules_only = "\n".join(line for line in STORE.read_text(encoding="utf-8").splitlines() if "#" not in line)
     mentioned = set(re.findall(r"\bdata\.(\w+)", rules_only))
     assert mentioned <= fields
+
+
+def test_what_the_demo_s_rules_say_to_security_fits_its_schema() -> None:
+    """Whatever its tools answer, or if they break."""
+    store, _ = documents.read(STORE, Rules)
+    agent = load_agent(Path("deploy/agents/security.yaml"))
+    assert agent.reply is not None
+    form = Form(agent.reply.json_schema)
+    failed: dict[str, JsonValue] = {"error": 'it said "no"'}
+    logins: list[JsonValue] = [
+        {"succeeded": succeeded, "device": "an unknown browser", "place": "Lyon"} for succeeded in (True, False)
+    ]
+    for one in demo_events():
+        if not one.type.startswith("store.security."):
+            continue
+        for results in (
+            {"recent_logins": failed},
+            {"recent_logins": logins, "lock_account": failed},
+            {
+                "recent_logins": logins,
+                "lock_account": {"customer_id": "c", "locked_at": "now"},
+                "send_text_message": failed,
+            },
+            {
+                "recent_logins": logins,
+                "lock_account": {"customer_id": "c", "locked_at": "now"},
+                "send_text_message": {},
+            },
+            {"recent_logins": []},
+        ):
+            told = read_event(render(one))
+            assert told is not None
+            applied = store.find(told, TOOLS, NOTHING_BEFORE)
+            assert applied is not None
+            made = applied.answer(lambda call, results=results: Result(results[call.tool]), tools_allowed=True)  # type: ignore[misc]
+            assert not made.calls
+            assert form.read(made.text).faults == []

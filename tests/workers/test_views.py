@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 from pydantic import JsonValue
 
-from activities.entries import AssistantMessage, Entry, Fact, MemoryMessage, ToolMessage, UserMessage
+from activities.entries import AssistantMessage, Entry, Fact, MemoryMessage, RepairMessage, ToolMessage, UserMessage
 from activities.memory import Forgetting, KeptFact
 from workers import views
 from workers.doctor import Check
@@ -149,6 +149,16 @@ def test_a_step_of_the_transcript_shows_what_was_said_in_its_order() -> None:
         f"  refund: ({ToolOutcome.ERROR.value}) too much",
         "  agent: Wait.",
         '  calls: look_up {"id": 1}',
+    ]
+
+
+def test_a_transcript_shows_why_an_answer_was_sent_back() -> None:
+    """What the model was told of it, before its next answer."""
+    messages = [RepairMessage(text="(Not so.)\n- $: it is empty"), AssistantMessage(text="{}")]
+    recorded = Entry(workflow_id=WORKFLOW_ID, turn=4, step=2, parent=None, messages=messages, recorded_at=FACT.kept_at)
+    assert [text.plain for text in views.entry(recorded)][1:] == [
+        "  sent back: (Not so.)\n    - $: it is empty",
+        "  agent: {}",
     ]
 
 

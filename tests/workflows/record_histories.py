@@ -324,6 +324,22 @@ async def forked(life: Life) -> None:
     await life.stop()
 
 
+async def repaired(life: Life) -> None:
+    """An answer that is sent back and then fits, and one that never does."""
+
+    def think(request: ThinkRequest) -> Decision:
+        if request.turn == 1 and request.repair:
+            return answer("{}", request).model_copy(update={"data": {}})
+        return answer("hm", request).model_copy(update={"faults": ["the answer is not JSON"]})
+
+    life.world.think_with = think
+    life.world.spec = ControlSpec(digest="s", repairs=2)
+    await life.deliver(event(1))
+    await life.replies(1)
+    await life.ask("q-1")
+    await life.stop()
+
+
 _STACK_TRACE = re.compile(r'"stackTrace": "(?:[^"\\]|\\.)*"')
 
 LIVES: tuple[Callable[[Life], Awaitable[None]], ...] = (
@@ -340,6 +356,7 @@ LIVES: tuple[Callable[[Life], Awaitable[None]], ...] = (
     rewound,
     forked,
     compacted,
+    repaired,
 )
 
 

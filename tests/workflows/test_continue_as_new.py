@@ -22,7 +22,7 @@ from temporalio.worker import (
 )
 from typing_extensions import override
 
-from workflows import names
+from workflows import names, repair
 from workflows.messages import (
     Decision,
     Intervention,
@@ -263,6 +263,8 @@ async def test_a_question_asked_in_the_moment_of_continue_as_new_is_answered(
         asked.append(asyncio.ensure_future(ask(brief, agent_id, queue, "well?", f"q-{len(meddler.runs)}"), loop=loop))
 
     def act() -> None:
+        if len(meddler.runs) > 2:
+            return  # a question asked while the test ends would be answered, or not, with nobody to wait for it
         loop.call_soon_threadsafe(begin)
         # Open long enough for the question to reach the server, or else it would come after this moment.
         asyncio.run_coroutine_threadsafe(brief.get_workflow_handle(agent_id).describe(), loop).result(1.5)
@@ -270,14 +272,15 @@ async def test_a_question_asked_in_the_moment_of_continue_as_new_is_answered(
     meddler.act = act
     world = World(spec=one_by_one())
     async with world.workers(brief, queue):
-        for number in range(1, 7):
+        number = 0
+        while len(asked) < 2 and number < 50:
+            number += 1
             await deliver(brief, agent_id, queue, event(number))
             await eventually(lambda number=number: f"event-{number}" in answered(world))
         replies = await asyncio.gather(*asked)
         await stop(brief, agent_id)
-    assert len(replies) >= 2
-    assert [reply.answers[0].id for reply in replies] == [f"q-{n}" for n in range(1, len(replies) + 1)]
-    assert len(answered(world)) == len(set(answered(world))) == 6 + len(replies)
+    assert [reply.answers[0].id for reply in replies] == ["q-1", "q-2"]
+    assert len(answered(world)) == len(set(answered(world))) == number + 2
 
 
 async def test_a_pause_goes_along_into_the_next_run(brief: Client, queue: str, agent_id: str, meddler: Meddler) -> None:
@@ -382,3 +385,23 @@ async def test_a_rewind_that_waits_for_a_long_turn_does_not_hold_its_run_open(
     assert made.turn == 2
     assert world.thoughts[-1].head == answer("", first).head
     assert [r.turn for r in world.thoughts if r.step == 1] == [1, 2, 3]
+
+
+async def test_a_repair_goes_on_in_the_next_run(brief: Client, queue: str, agent_id: str, meddler: Meddler) -> None:
+    """P6: what is wrong with an answer goes along, and how often it was sent back is not forgotten."""
+    think, spec = many_steps(12)
+
+    def thinking(request: ThinkRequest) -> Decision:
+        decided = think(request)
+        return decided if decided.tool_calls else decided.model_copy(update={"faults": ["no"]})
+
+    world = World(think_with=thinking, tool=lambda request: look(request.call.name, request.call.id))
+    world.spec = spec.model_copy(update={"repairs": 9, "budget": BudgetSpec(steps_per_turn=30)})
+    async with world.workers(brief, queue):
+        await deliver(brief, agent_id, queue, event(1))
+        await eventually(lambda: len(world.replies) == 1)
+        await stop(brief, agent_id)
+    assert len(meddler.runs) >= 3
+    (reply,) = world.replies
+    assert (reply.steps, reply.error) == (21, repair.failure(["no"]))
+    assert [bool(request.repair) for request in world.thoughts] == [False] * 12 + [True] * 9

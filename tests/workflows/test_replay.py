@@ -38,6 +38,7 @@ LIVES = (
     "rewound",
     "forked",
     "compacted",
+    "repaired",
 )
 
 

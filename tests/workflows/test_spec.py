@@ -59,6 +59,11 @@ def test_name_and_instructions_are_enough() -> None:
         ({"mailbox": {"events_per_turn": 0}}, "mailbox.events_per_turn"),
         ({"mailbox": {"remember_ids": 1}}, "mailbox.remember_ids"),
         ({"context": {"tokens": 1}}, "context.tokens"),
+        ({"reply": {}}, "reply"),
+        ({"reply": {"schema": {}, "pydantic": "m:M"}}, "reply"),
+        ({"reply": {"written": {}}}, "reply.written"),
+        ({"reply": {"pydantic": "no_colon"}}, "reply.pydantic"),
+        ({"reply": {"schema": {}, "repairs": -1}}, "reply.repairs"),
         ({"hibernate_after_seconds": 0}, "hibernate_after_seconds"),
     ],
 )

@@ -1,0 +1,42 @@
+"""Repair: what becomes of an answer that does not fit its schema. Pure.
+
+It is sent back to the model as often as the spec says (`reply.repairs`), within the steps that the turn may take; each
+time is a step of its own, whose only news is what was wrong. Then the turn fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from workflows.messages import Decision
+from workflows.spec import ControlSpec
+from workflows.state import CurrentTurn
+
+WRONG = "(Your answer was not sent: it is not what was asked for.)"
+"""How every message begins that sends an answer back; what reads transcripts knows it by that."""
+
+
+def sent_back(spec: ControlSpec, turn: CurrentTurn, decision: Decision) -> bool:
+    """Whether the answer is sent back; then the turn's next step says what is wrong with it."""
+    steps_left = spec.budget.steps_per_turn - turn.step + 1
+    if not decision.faults or turn.repairs >= spec.repairs or steps_left <= 0:
+        return False
+    turn.repairs += 1
+    turn.repair = message(decision.faults)
+    return True
+
+
+def settled(decision: Decision) -> Decision:
+    """The decision that a turn ends with: an answer that does not fit is none."""
+    return decision.model_copy(update={"text": "", "error": failure(decision.faults)}) if decision.faults else decision
+
+
+def message(faults: Sequence[str]) -> str:
+    """What the model is told of a wrong answer."""
+    lines = "\n".join(f"- {fault}" for fault in faults)
+    return f"{WRONG}\n{lines}\nAnswer again, with the JSON alone: no words around it."
+
+
+def failure(faults: Sequence[str]) -> str:
+    """Why a turn whose answer stayed wrong has none."""
+    return f"the answer does not fit the agent's reply schema: {'; '.join(faults)}"
