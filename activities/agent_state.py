@@ -18,6 +18,7 @@ from activities.entries import Entry, ToolMessage
 from activities.forms import Form, Reading
 from activities.heartbeat import beating
 from activities.ledger import Ledger
+from activities.spend import Spending
 from workflows import names, repair
 from workflows.interface import LedgerActivities
 from workflows.messages import Reply, ReplyRequest, RewindRecord, Rewound, TurnOutcome, Usage
@@ -33,6 +34,7 @@ class AgentLedger(LedgerActivities):
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
+        self._spending = Spending(ledger)
 
     @override
     @activity.defn(name="wake")
@@ -49,7 +51,9 @@ class AgentLedger(LedgerActivities):
         rewinds = await self._ledger.rewinds(workflow_id, after=state.rewound)
         if not snapshot and not entries and not rewinds:
             return None
-        return caught_up(state, entries, rewinds)
+        state = caught_up(state, entries, rewinds)
+        state.cost += await self._spending.cost([entry.id for entry in entries])
+        return state
 
     @override
     @activity.defn(name="keep_snapshot")
@@ -64,7 +68,8 @@ class AgentLedger(LedgerActivities):
             return None
         digest = entries[-1].spec_digest
         spec = await self._ledger.get_spec(digest) if digest else None
-        return reply_of(entries, Form(spec.reply.json_schema) if spec and spec.reply else None)
+        reply = reply_of(entries, Form(spec.reply.json_schema) if spec and spec.reply else None)
+        return reply.model_copy(update={"cost": await self._spending.cost([one.id for one in entries])})
 
     @override
     @activity.defn(name="record_rewind")

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
@@ -49,11 +50,14 @@ from pydantic_ai.models import Model, ModelRequestParameters, infer_model
 from pydantic_ai.providers import Provider, infer_provider_class
 from pydantic_ai.settings import ModelSettings
 from pydantic_ai.tools import ToolDefinition as OfferedTool
+from pydantic_ai.usage import RequestUsage
 from temporalio.exceptions import ApplicationError
 
-from activities import documents, metrics
+from activities import documents, metrics, prices
 from activities.conversation import assistant_message, model_messages, storable, without_calls
 from activities.entries import AssistantMessage, Entry, Message
+from activities.prices import Price
+from workflows.budget import Need
 from workflows.errors import Remedy, activity_error, remedy_for_status
 from workflows.messages import Usage
 from workflows.spec import Name, ToolDefinition
@@ -66,11 +70,13 @@ REHEARSAL = "rehearsal"
 _ANSWER_NOW = "You cannot call tools now. Answer with what you know, and say what is missing."
 _LONGEST_WAIT = timedelta(hours=1)  # a server may ask for a day; mail would be given up before it was tried again
 _TOO_LARGE = 413
+_ANSWER_TOKENS = 8192  # the longest answer of a pool that names none, where a budget is to be kept
 _OUR_SETTINGS = frozenset({"unknown_parameter", "unsupported_parameter", "unsupported_value"})
 _MESSAGE_CHARACTERS = 500
 
 # An agent outlives what a provider keeps for it: everything is sent each time, and nothing by reference.
 _STATELESS: dict[str, Any] = {"openai_store": False, "openai_send_reasoning_ids": False}
+_FREE = Price(input=Decimal(0), output=Decimal(0))
 _RESPONSES_PROVIDERS = frozenset({"openai", "openai-responses"})
 
 _EXTRAS = ("anthropic", "bedrock", "google")
@@ -108,6 +114,14 @@ class PoolConfig(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     settings: dict[str, JsonValue] = Field(default_factory=dict)
     """Any further setting of pydantic-ai's `ModelSettings`, such as `thinking: low` or `cache: true`."""
+    price: Price | None = None
+    """What it costs; without it, what the table of the package `genai-prices` says of the provider's model."""
+
+    @property
+    def longest_answer(self) -> int | None:
+        """How many tokens an answer may have, if that is limited."""
+        limited = self.settings.get("max_tokens", self.max_output_tokens)
+        return limited if isinstance(limited, int) else None
 
 
 class ModelsConfig(BaseModel):
@@ -204,7 +218,7 @@ def _pool_from(variables: Mapping[str, str], rehearsal_url: str | None) -> tuple
             region=variables.get("AWS_REGION") or variables.get("AWS_DEFAULT_REGION"),
         )
     if rehearsal_url:
-        return REHEARSAL, PoolConfig(model=f"openai-chat:{REHEARSAL}", base_url=rehearsal_url)
+        return REHEARSAL, PoolConfig(model=f"openai-chat:{REHEARSAL}", base_url=rehearsal_url, price=_FREE)
     return None
 
 
@@ -218,6 +232,8 @@ class Answer:
     """As the model names itself, else as the pool names it."""
     pool: str
     rehearsal: bool
+    micro_usd: int | None = None
+    """What it has cost, in micro-dollars; None: its price is not known."""
 
 
 class Pools:
@@ -271,6 +287,7 @@ class Pools:
         tools: Sequence[ToolDefinition],
         key: str,
         tools_allowed: bool = True,
+        budgeted: bool = False,
     ) -> Answer:
         """Have the conversation answered by the first pool of the route that can.
 
@@ -282,18 +299,13 @@ class Pools:
             tools: the tools the agent has.
             key: idempotency key, the same whenever this call is made again.
             tools_allowed: False if the model has to answer without calling a tool.
+            budgeted: let no answer be longer than `need` has it.
 
         Raises:
             FinalError: the request was refused, and would be again.
             ApplicationError: RetryLater: no pool can answer now, or there is no such route.
         """
-        names = self._config.routes.get(route)
-        if names is None:
-            raise activity_error(
-                Remedy.RETRY_LATER,
-                f"There is no route {route!r}; the routes are: {', '.join(self._config.routes)}. "
-                "Add it to models.yaml and restart the model workers, or correct the agent's spec.",
-            )
+        names = self._route(route)
         conversation = model_messages(context, messages)
         parameters = ModelRequestParameters(
             # Tools are declared also when they may not be called: providers refuse earlier calls of unknown tools.
@@ -305,6 +317,8 @@ class Pools:
         failures: list[_Failure] = []
         for name in names:
             settings = _settings(self._config.pools[name], key, tools_allowed=tools_allowed)
+            if budgeted:
+                settings.setdefault("max_tokens", _ANSWER_TOKENS)
             try:
                 return await self._ask(name, conversation, settings, parameters)
             except _Failure as failure:
@@ -313,6 +327,35 @@ class Pools:
                 if failure.remedy is not Remedy.RETRY_ELSEWHERE:
                     break
         raise _no_answer(route, failures)
+
+    def need(self, route: str, input_tokens: int) -> Need:
+        """What a call with so much input may take at most, whichever pool of the route answers it.
+
+        Raises:
+            ApplicationError: RetryLater: there is no such route.
+        """
+        tokens, micro, unpriced = 0, 0, ""
+        for name in self._route(route):
+            pool = self._config.pools[name]
+            usage = RequestUsage(input_tokens=input_tokens, output_tokens=pool.longest_answer or _ANSWER_TOKENS)
+            tokens = max(tokens, usage.input_tokens + usage.output_tokens)
+            costs = _micro_usd(pool, usage)
+            if costs is None:
+                unpriced = unpriced or f"{pool.model} (pool {name})"
+            else:
+                micro = max(micro, costs)
+        return Need(tokens=tokens, micro_usd=None if unpriced else micro, unpriced=unpriced)
+
+    def _route(self, route: str) -> list[str]:
+        """The pools of a route, in order."""
+        names = self._config.routes.get(route)
+        if names is None:
+            raise activity_error(
+                Remedy.RETRY_LATER,
+                f"There is no route {route!r}; the routes are: {', '.join(self._config.routes)}. "
+                "Add it to models.yaml and restart the model workers, or correct the agent's spec.",
+            )
+        return names
 
     async def _ask(
         self, name: str, conversation: list[ModelMessage], settings: ModelSettings, parameters: ModelRequestParameters
@@ -348,6 +391,7 @@ class Pools:
             model=storable(model_name),
             pool=name,
             rehearsal=model_name.startswith(REHEARSAL),
+            micro_usd=_micro_usd(pool, response.usage),
         )
 
     def _model(self, name: str) -> Model[Any]:
@@ -454,6 +498,10 @@ def _settings(pool: PoolConfig, key: str, *, tools_allowed: bool) -> ModelSettin
     if not tools_allowed:
         settings["tool_choice"] = "none"
     return cast("ModelSettings", settings)
+
+
+def _micro_usd(pool: PoolConfig, usage: RequestUsage) -> int | None:
+    return prices.micro_usd(pool.model, pool.base_url, pool.price, usage)
 
 
 def _provider_of(pool: PoolConfig) -> str:

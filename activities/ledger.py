@@ -289,8 +289,19 @@ class Ledger:
         """The entry of a step, if it is recorded."""
         return await self._read(lambda connection: _entry_at(connection, workflow_id, turn, step))
 
-    async def append(self, entry: Entry) -> Entry:
+    async def append(
+        self,
+        entry: Entry,
+        *,
+        along: Callable[[Connection], None] | None = None,
+        tables: MetaData | None = None,
+    ) -> Entry:
         """Record a step. Returns the entry that is recorded for it: this one, or the one that was there before.
+
+        Args:
+            entry: the step.
+            along: what to write in the same transaction, if nothing was there before.
+            tables: those that `along` needs, made when missing.
 
         Raises:
             ApplicationError: RetryLater: the database is away, or does not know the entry's parent.
@@ -307,7 +318,7 @@ class Ledger:
                 body=entry.encode(),
             )
             try:
-                connection.execute(insertion)
+                inserted = connection.execute(insertion.execution_options(preserve_rowcount=True)).rowcount == 1
             except IntegrityError as error:  # the foreign key: every other conflict is none
                 raise _fault(
                     f"The ledger at {self.place} has no entry {entry.parent}, the parent of turn {entry.turn}, "
@@ -319,9 +330,11 @@ class Ledger:
                 connection.execute(self._insert_new(_taken).values(_takings(entry)))
             if recorded.summary and recorded.summary.text:
                 connection.execute(self._insert_new(_summaries).values(id=recorded.id))
+            if inserted and along is not None:
+                along(connection)
             return recorded
 
-        return await self._write(write)
+        return await self._run(write, writes=True, tables=tables)
 
     async def taken(self, workflow_id: str, digests: Collection[str]) -> dict[str, int]:
         """Those of these events that the agent has taken, however long ago, each with its first turn."""

@@ -70,6 +70,14 @@ _REPAIRS = Counter(
     "Answers that did not fit their schema and were sent back; outcome: fits, unfit, or other (tools were called).",
     ["outcome"],
 )
+_SPEND = Counter(
+    "perennial_spend_usd_total", "What model calls have cost, in US dollars, where it is known.", ["agent", "pool"]
+)
+_BUDGET_REFUSALS = Counter(
+    "perennial_budget_refusals_total",
+    "Model calls that were not made: a limit of the budget was in the way.",
+    ["agent", "scope", "measure"],
+)
 
 
 def compaction(outcome: str) -> None:
@@ -189,3 +197,13 @@ def tokens(pool: str, model: str, usage: Usage) -> None:
     """A model call has used tokens."""
     _TOKENS.labels(pool, model, "input").inc(usage.input_tokens)
     _TOKENS.labels(pool, model, "output").inc(usage.output_tokens)
+
+
+def spent(agent: str, pool: str, micro_usd: int) -> None:
+    """A model call has cost so much."""
+    _SPEND.labels(agent, pool).inc(micro_usd / 1_000_000)
+
+
+def budget_refused(agent: str, scope: str, measure: str) -> None:
+    """A model call was not made, since it might have broken a limit."""
+    _BUDGET_REFUSALS.labels(agent, scope, measure).inc()

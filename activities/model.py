@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from temporalio import activity
+from temporalio.exceptions import ApplicationError
 from typing_extensions import override
 
 from activities import metrics
@@ -28,7 +29,9 @@ from activities.forms import Form, Reading
 from activities.heartbeat import beating
 from activities.ledger import Ledger
 from activities.memory import Memory
+from activities.spend import Spending
 from workflows import names
+from workflows.budget import Cost, Limit, Refusal
 from workflows.errors import Remedy, activity_error
 from workflows.events import Event, EventReference
 from workflows.interface import ModelActivities
@@ -37,6 +40,7 @@ from workflows.spec import ResolvedSpec
 
 log = logging.getLogger(__name__)
 
+_BYTES_PER_TOKEN = 3  # what is set aside of a budget is rather too much than too little
 _SHARES = (1, 2, 4, 8)
 """Of the context, by which part it is shown: less and less if the model finds it too long. Tokens are an estimate."""
 
@@ -47,6 +51,14 @@ _Conversation = tuple[list[Entry], list[Message]]
 
 class _RecordedError(Exception):
     """The step is recorded by now: its call is not to be made."""
+
+
+class _RefusedError(Exception):
+    """The call might break a limit of the budget: it is not to be made."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
 
 
 class _CrowdedError(Exception):
@@ -60,6 +72,7 @@ class Model(ModelActivities):
         self._ledger = ledger
         self._conversations = Conversations(ledger)
         self._memory = Memory(ledger)
+        self._spending = Spending(ledger)
         self._pools = pools
         self._forms: dict[str, Form | None] = {}
         """What answers have to fit, by the spec's digest: what the ledger has under it never changes."""
@@ -68,37 +81,42 @@ class Model(ModelActivities):
     @activity.defn(name="think")
     async def think(self, request: ThinkRequest) -> Decision:
         try:
-            entry = await self._recorded(request, lambda: self._step(request))
+            entry, cost = await self._recorded(request, lambda: self._step(request))
         except _CrowdedError:
-            entry = None
-        if entry is None or (entry.summary and request.may_compact):
+            return Decision(head=request.head or "", compact=True)
+        except _RefusedError as refused:
+            return Decision(head=request.head or "", refused=refused.refusal)
+        if entry.summary and request.may_compact:
             return Decision(head=request.head or "", compact=True)
         if entry.parent != request.head or [r.digest for r in entry.answers] != [e.digest for e in request.events]:
             raise _other_life(request)
-        return decision(entry, await self._form(request.spec_digest))
+        return decision(entry, await self._form(request.spec_digest), cost)
 
     @override
     @activity.defn(name="compact")
     async def compact(self, request: CompactRequest) -> Decision:
-        entry = await self._recorded(request, lambda: self._compaction(request))
+        try:
+            entry, cost = await self._recorded(request, lambda: self._compaction(request))
+        except _RefusedError as refused:
+            return Decision(head=request.head, refused=refused.refusal)
         if entry.parent != request.head or entry.summary is None:
             raise _other_life(request)
-        return decision(entry)
+        return decision(entry, cost=cost)
 
     async def _recorded(
-        self, request: ThinkRequest | CompactRequest, make: Callable[[], Coroutine[Any, Any, Entry]]
-    ) -> Entry:
-        """The entry of the step, which is made and recorded unless it is there."""
+        self, request: ThinkRequest | CompactRequest, make: Callable[[], Coroutine[Any, Any, tuple[Entry, Cost]]]
+    ) -> tuple[Entry, Cost]:
+        """The entry of the step, which is made and recorded unless it is there, and what its call has cost."""
         entry = await self._ledger.find(request.workflow_id, request.turn, request.step)
         if entry is None:
             async with beating():
                 # Another try may have been first, if this one was taken for dead: what it recorded counts.
                 try:
-                    entry = await self._ledger.append(await make())
+                    return await self._spending.record(*await make())
                 except _RecordedError:
                     entry = await self._ledger.find(request.workflow_id, request.turn, request.step)
                     assert entry is not None, "it was just seen"
-        return entry
+        return entry, await self._spending.cost([entry.id])
 
     async def _form(self, digest: str) -> Form | None:
         """What the answers of agents with this spec have to fit."""
@@ -107,7 +125,7 @@ class Model(ModelActivities):
             self._forms[digest] = Form(spec.reply.json_schema) if spec.reply else None
         return self._forms[digest]
 
-    async def _step(self, request: ThinkRequest) -> Entry:
+    async def _step(self, request: ThinkRequest) -> tuple[Entry, Cost]:
         """Make the call; what came of it, as an entry."""
         spec = await self._ledger.get_spec(request.spec_digest)
         form = await self._form(request.spec_digest)
@@ -129,12 +147,12 @@ class Model(ModelActivities):
         if request.events:
             await self._notice_repeated(request)
         references = [EventReference(source=event.source, id=event.id, type=event.type) for event in request.events]
-        entry = _entry(request, [*messages, answer.message] if answer else messages, answer, error, references)
+        made = _entry(request, [*messages, answer.message] if answer else messages, answer, error, references)
         if request.repair:
-            metrics.reply_repair(_repaired(decision(entry, form)))
-        return entry
+            metrics.reply_repair(_repaired(decision(made[0], form)))
+        return made
 
-    async def _compaction(self, request: CompactRequest) -> Entry:
+    async def _compaction(self, request: CompactRequest) -> tuple[Entry, Cost]:
         """Have the older part of the conversation summed up; what came of it, as an entry."""
         spec = await self._ledger.get_spec(request.spec_digest)
         shown = await self._conversations.load(request.workflow_id, request.head, spec.context)
@@ -194,11 +212,18 @@ class Model(ModelActivities):
             FinalError: the request was refused, and would be again.
             ApplicationError: no model can answer now.
             _RecordedError: another try has had it answered meanwhile.
+            _RefusedError: it might break a limit of the budget.
         """
         key = names.call_key(request.workflow_id, request.turn, request.step)
+        limits = spec.budget.limits if request.limits is None else request.limits
         for share in _SHARES:
             context, messages = await conversation(share)
+            if limits and share == _SHARES[0]:
+                sent = [*(one for entry in context for one in entry.messages), *messages]
+                await self._reserve(request, spec, limits, sent)
             if not await self._ledger.begin_call(request.workflow_id, request.turn, request.step):
+                if limits:
+                    await self._spending.release(request.workflow_id, request.turn, request.step)
                 raise _RecordedError
             try:
                 return await self._pools.call(
@@ -209,11 +234,53 @@ class Model(ModelActivities):
                     tools=spec.tools,
                     key=key if share == 1 else f"{key}/{share}",  # another request: it needs another key
                     tools_allowed=tools_allowed,
+                    budgeted=bool(limits),
                 )
             except FinalError as error:
                 if not error.too_long or not context or share == _SHARES[-1]:
                     raise
+            except ApplicationError:
+                if limits:  # nobody has answered: others may have the money until this is tried again
+                    await self._spending.release(request.workflow_id, request.turn, request.step)
+                raise
         raise AssertionError("the last share returns or raises")
+
+    async def _reserve(
+        self,
+        request: ThinkRequest | CompactRequest,
+        spec: ResolvedSpec,
+        limits: Sequence[Limit],
+        messages: Iterable[Message],
+    ) -> None:
+        """Set aside what the call may take.
+
+        Raises:
+            _RefusedError: it might break a limit of the budget.
+            ApplicationError: RetryLater: other calls have to end first.
+        """
+        need = self._pools.need(spec.route, _tokens(spec, messages))
+        need = need.model_copy(update={"turns": int(request.step == 1)})
+        refused = await self._spending.reserve(request.workflow_id, request.turn, request.step, limits, need)
+        if refused is not None:
+            agent = names.parse_workflow_id(request.workflow_id).agent
+            metrics.budget_refused(agent, refused.scope.value, refused.measure.value)
+            raise _RefusedError(refused)
+
+
+def _tokens(spec: ResolvedSpec, messages: Iterable[Message]) -> int:
+    """About how many tokens a call with these messages sends."""
+    sent = [spec.instructions, *(tool.model_dump_json() for tool in spec.tools)]
+    sent += [one.model_dump_json() for one in messages]
+    return sum(len(text.encode()) for text in sent) // _BYTES_PER_TOKEN
+
+
+def _cost(workflow_id: str, answer: Answer | None) -> Cost:
+    if answer is None:
+        return Cost()
+    if answer.micro_usd is None:
+        return Cost(unpriced=1)
+    metrics.spent(names.parse_workflow_id(workflow_id).agent, answer.pool, answer.micro_usd)
+    return Cost(micro_usd=answer.micro_usd)
 
 
 def _entry(
@@ -222,9 +289,9 @@ def _entry(
     answer: Answer | None,
     error: str | None,
     answers: Sequence[EventReference] = (),
-) -> Entry:
-    """What came of a step, as it is recorded."""
-    return Entry(
+) -> tuple[Entry, Cost]:
+    """What came of a step, as it is recorded, and what it has cost."""
+    entry = Entry(
         workflow_id=request.workflow_id,
         turn=request.turn,
         step=request.step,
@@ -238,6 +305,7 @@ def _entry(
         error=error,
         recorded_at=datetime.now(UTC).isoformat(),
     )
+    return entry, _cost(request.workflow_id, answer)
 
 
 def _other_life(request: ThinkRequest | CompactRequest) -> Exception:
@@ -298,8 +366,8 @@ def _query(events: Iterable[Event]) -> str:
     return "\n".join(found)
 
 
-def decision(entry: Entry, form: Form | None = None) -> Decision:
-    """What was decided in a recorded step, by an agent whose answers have to fit this form."""
+def decision(entry: Entry, form: Form | None = None, cost: Cost = Cost()) -> Decision:  # noqa: B008  # it is frozen
+    """What was decided in a recorded step, by an agent whose answers have to fit this form, and what it has cost."""
     answer = entry.answer
     final = answer is not None and not answer.tool_calls
     reading = form.read(answer.text) if form and answer and final else Reading()
@@ -313,6 +381,7 @@ def decision(entry: Entry, form: Form | None = None) -> Decision:
         error=entry.error,
         data=reading.data,
         faults=reading.faults,
+        cost=cost,
     )
 
 

@@ -21,8 +21,10 @@ from typing_extensions import override
 from workers.wiring import workflow_runner
 from workflows import names
 from workflows.agent import AgentWorkflow
+from workflows.budget import Lifted, LiftRecord
 from workflows.events import Event, Outgoing
 from workflows.interface import (
+    BudgetActivities,
     LedgerActivities,
     ModelActivities,
     PublishActivities,
@@ -72,7 +74,7 @@ def echo(request: ThinkRequest) -> Decision:
 
 
 @dataclass
-class World(ModelActivities, ToolActivities, LedgerActivities, SpecActivities, PublishActivities):
+class World(BudgetActivities, ModelActivities, ToolActivities, LedgerActivities, SpecActivities, PublishActivities):
     """Everything an agent may ask of the world, and a record of what it asked."""
 
     think_with: Callable[[ThinkRequest], Decision | Awaitable[Decision]] = echo
@@ -89,6 +91,7 @@ class World(ModelActivities, ToolActivities, LedgerActivities, SpecActivities, P
     snapshots: dict[str, AgentState] = field(default_factory=dict)
     recalled: list[ReplyRequest] = field(default_factory=list)
     rewinds: list[RewindRecord] = field(default_factory=list)
+    lifts: list[LiftRecord] = field(default_factory=list)
     rewind_with: Callable[[RewindRecord], Awaitable[None]] | None = None
 
     @property
@@ -164,6 +167,20 @@ class World(ModelActivities, ToolActivities, LedgerActivities, SpecActivities, P
         )
 
     @override
+    @activity.defn(name="record_lift")
+    async def record_lift(self, record: LiftRecord) -> Lifted:
+        self.lifts.append(record)
+        return Lifted(
+            id=record.request.id,
+            workflow_id=record.workflow_id,
+            scope=record.scope,
+            per=record.per,
+            by=record.request.by,
+            reason=record.request.reason,
+            **record.request.model_dump(include={"tokens", "micro_usd", "turns"}),
+        )
+
+    @override
     @activity.defn(name="load_spec")
     async def load_spec(self, request: SpecRequest) -> ControlSpec | None:
         return None if request.known_digest == self.spec.digest else self.spec
@@ -190,6 +207,7 @@ class World(ModelActivities, ToolActivities, LedgerActivities, SpecActivities, P
                         self.keep_snapshot,
                         self.find_reply,
                         self.record_rewind,
+                        self.record_lift,
                         self.load_spec,
                         self.publish,
                     ],

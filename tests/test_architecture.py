@@ -90,7 +90,7 @@ async def test_the_workers_serve_all_activities_and_no_others(temporal_server: T
 def test_the_names_of_activities_never_change() -> None:
     """They stand in every history."""
     ledger = {"wake", "keep_snapshot", "find_reply", "record_rewind"}
-    assert interface_names() == {"think", "compact", "run_tool", "load_spec", "publish", *ledger}
+    assert interface_names() == {"think", "compact", "run_tool", "load_spec", "publish", "record_lift", *ledger}
 
 
 def test_the_interface_is_abstract() -> None:
@@ -110,7 +110,7 @@ def test_only_the_agent_and_its_parts_speak_temporal_s_workflow_api() -> None:
         for file, tree in modules("workflows")
         if any(name.startswith("temporalio.workflow") for name in imported(tree))
     ]
-    assert set(users) == {"workflows/agent.py", "workflows/life.py", "workflows/turn.py"}
+    assert set(users) == {"workflows/agent.py", "workflows/life.py", "workflows/over_budget.py", "workflows/turn.py"}
 
 
 def test_only_settings_touch_the_environment() -> None:
@@ -131,9 +131,10 @@ def test_only_settings_touch_the_environment() -> None:
     [
         ("prometheus_client", {"activities/metrics.py", "workers/wiring.py", "workers/demo.py"}),
         ("mcp", {"activities/mcp_servers.py", "activities/demo_carrier.py"}),
-        ("sqlalchemy", {"activities/ledger.py", "activities/memory.py"}),
+        ("sqlalchemy", {"activities/ledger.py", "activities/memory.py", "activities/spend.py"}),
+        ("genai_prices", {"activities/prices.py"}),
         ("pydantic_settings", {"workers/settings.py"}),
-        ("typer", {"workers/cli.py"}),
+        ("typer", {"workers/arguments.py", "workers/cli.py", "workers/cli_budget.py"}),
     ],
 )
 def test_a_library_is_known_where_it_belongs(library: str, homes: set[str]) -> None:

@@ -16,6 +16,7 @@ from activities.mcp_servers import Servers
 from activities.memory import Memory
 from activities.publish import Publish
 from activities.specs import SpecError, Specs, SpecSet, load_specs
+from activities.spend import Budgets, Spending
 from activities.tools import Tools
 from workers import kafka, wiring
 from workers.settings import Settings, environment
@@ -59,6 +60,7 @@ def agent_worker(  # noqa: PLR0913, PLR0917  # what it is wired from
             state.keep_snapshot,
             state.find_reply,
             state.record_rewind,
+            Budgets(Spending(ledger)).record_lift,
             Specs(specs, ledger, servers).load_spec,
             Tools(specs.tool, settings.state_dir / "tools", ledger, servers, Memory(ledger)).run_tool,
             publisher.publish,

@@ -29,6 +29,12 @@ import typer
 from typer.core import TyperGroup
 from typing_extensions import override
 
+from workers.arguments import Agent, Json, Reason
+from workers.arguments import examples as _examples
+from workers.arguments import output_for as _output
+from workers.arguments import resolved as _resolved
+from workers.arguments import user as _user
+from workers.cli_budget import budget
 from workers.exits import BAD_INPUT, FAILED, OK, CommandError
 from workers.settings import Settings, SettingsError
 from workflows.spec import Scope
@@ -38,13 +44,8 @@ if TYPE_CHECKING:
     from workers.dlq import Filter, Letter
     from workers.history import Plan
     from workflows.events import Event
-    from workflows.names import Address
 
 _WARNINGS_SHOWN = 20
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Agent = Annotated[str, typer.Argument(metavar="AGENT", help="TENANT/AGENT/KEY, or AGENT/KEY, or a workflow id.")]
-Reason = Annotated[str, typer.Option(help="Why; it is kept with the change.")]
 
 
 class _Commands(TyperGroup):
@@ -85,11 +86,6 @@ class _ListUnlessNamed(TyperGroup):
         return super().parse_args(ctx, args if named else ["list", *args])
 
 
-def _examples(*lines: str) -> str:
-    r"""An epilog with examples, a line each (`\b`: not to be wrapped)."""
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
 app = typer.Typer(
     name="perennial",
     cls=_Commands,
@@ -117,6 +113,7 @@ pins = typer.Typer(
 app.add_typer(worker, name="worker")
 app.add_typer(pins, name="pins")
 app.add_typer(memory, name="memory")
+app.add_typer(budget, name="budget")
 app.add_typer(specs, name="specs")
 app.add_typer(dlq, name="dlq")
 app.add_typer(ingest, name="ingest")
@@ -144,12 +141,6 @@ def perennial(
     if not debug:
         # What is wrong with a server is said by the commands.
         logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
-
-
-def _output(*, as_json: bool = False) -> Output:
-    from workers.console import Output
-
-    return Output(as_json=as_json)
 
 
 # Processes --------------------------------------------------------------------------------------------------------
@@ -506,29 +497,6 @@ async def _steer(settings: Settings, agent: str, update: str, reason: str, outpu
         output.data(status)
     else:
         output.say(views.steered(operations.shown(address), update, status))
-
-
-def _resolved(settings: Settings, agent: str) -> Address:
-    """An agent that may be known to Temporal without having a spec any more."""
-    from workers import operations
-
-    known = operations.known_specs(settings.specs)
-    try:
-        return operations.resolve(agent, known)
-    except CommandError:
-        if agent.count("/") < 2:  # noqa: PLR2004  # not TENANT/AGENT/KEY
-            raise
-        return operations.resolve(agent, None)
-
-
-def _user() -> str:
-    """Who uses the command, for the record."""
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):
-        return ""
 
 
 # An agent's past --------------------------------------------------------------------------------------------------

@@ -422,6 +422,7 @@ _AT_REST = {
     WorkflowExecutionStatus.TIMED_OUT: "timed out",
 }
 _HINTS = {
+    names.OVER_BUDGET: "a turn waits; `perennial show` says for what, `perennial budget lift` allows more",
     "paused": "its mail waits; `perennial resume` lets it go on",
     "asleep": "its next event wakes it",
     "failed": "its next event starts it again; the Web UI says why it failed",
@@ -446,7 +447,7 @@ async def list_agents(
     conditions = [f"WorkflowType = '{names.WORKFLOW_TYPE}'", "ExecutionStatus != 'ContinuedAsNew'"]
     for attribute, value in ((names.TENANT_ATTRIBUTE, tenant), (names.AGENT_ATTRIBUTE, agent)):
         if value is not None:
-            conditions.append(f"{attribute} = {_quoted(value)}")
+            conditions.append(f"{attribute} = {quoted(value)}")
     newest: dict[str, WorkflowExecution] = {}
     async with plainly(settings, "The agents can't be listed"):
         async for execution in client.list_workflows(" AND ".join(conditions), rpc_timeout=_RPC):
@@ -484,7 +485,7 @@ def state_of(execution: WorkflowExecution) -> str:
     return execution.typed_search_attributes.get(_STATE) or "active"
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
     """A value in a visibility query."""
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from pydantic import ValidationError
 from rich.text import Text
@@ -24,11 +25,13 @@ from activities.entries import (
 )
 from workers.console import one_line, visible
 from workflows import names
+from workflows.budget import Cost, Lifted, LiftRequest, Measure, Per, Refusal, amount, usd
 from workflows.events import Event, EventReference
 from workflows.messages import Intervention, Reply, Rewound, Status, ToolOutcome, TurnOutcome, TurnSummary, Usage
 
 if TYPE_CHECKING:  # they import Temporal's client, which `perennial tail` can do without
     from activities.memory import KeptFact
+    from activities.spend import Account
     from activities.verify import Finding
     from workers.dlq import Letter
     from workers.doctor import Check
@@ -44,6 +47,7 @@ _STATE_STYLES = {
     "working": "green",
     "idle": "green",
     "asleep": "dim",
+    names.OVER_BUDGET: "yellow",
     "paused": "yellow",
     "held": "yellow",
     "stopped": "yellow",
@@ -63,6 +67,8 @@ _KINDS = {
     names.AGENT_STOPPED_TYPE: ("stopped", "magenta"),
     names.AGENT_REWOUND_TYPE: ("rewound", "magenta"),
     names.AGENT_FORKED_TYPE: ("forked", "magenta"),
+    names.BUDGET_EXCEEDED_TYPE: ("budget", "yellow"),
+    names.BUDGET_LIFTED_TYPE: ("lifted", "magenta"),
 }
 _KIND_WIDTH = max(len(word) for word, _ in _KINDS.values())
 _ENTRY_DIGITS = 12
@@ -83,6 +89,12 @@ def moment(at: datetime) -> str:
 def usage(used: Usage) -> str:
     """Tokens, in words."""
     return f"{used.input_tokens} tokens in, {used.output_tokens} out"
+
+
+def money(cost: Cost) -> str:
+    """What model calls have cost, in words; empty if they cost nothing."""
+    unknown = f"{count(cost.unpriced, 'call')} of unknown price" if cost.unpriced else ""
+    return " and ".join(part for part in (usd(cost.micro_usd) if cost.micro_usd else "", unknown) if part)
 
 
 def count(number: int, noun: str) -> str:
@@ -110,6 +122,7 @@ def reply_cost(answer: Reply) -> Text:
         count(answer.steps, "step"),
         count(answer.tool_calls, "tool call") if answer.tool_calls else "",
         usage(answer.usage),
+        money(answer.cost),
         answer.model,
     ]
     return Text(" · ".join(visible(part) for part in parts if part), "dim")
@@ -157,14 +170,19 @@ def _what(happened: Event) -> str:
     if happened.type == names.DUPLICATE_TYPE:
         reference = EventReference.model_validate(happened.data)
         return f"dropped {reference.type} {reference.id} of {reference.source}"
+    if happened.type == names.BUDGET_EXCEEDED_TYPE:
+        return f"waits: {Refusal.model_validate(happened.data)}"
     return _steering(happened) or str(happened.data)
 
 
 def _steering(happened: Event) -> str | None:
     """What a person did to the agent, if that is what happened."""
     if happened.type in {names.AGENT_REWOUND_TYPE, names.AGENT_FORKED_TYPE}:
-        made = Rewound.model_validate(happened.data)
-        return f"{_went(made)}, {_by(made.by, made.reason)}"
+        went = Rewound.model_validate(happened.data)
+        return f"{_went(went)}, {_by(went.by, went.reason)}"
+    if happened.type == names.BUDGET_LIFTED_TYPE:
+        made = Lifted.model_validate(happened.data)
+        return f"{allowed(made)}, {_by(made.by, made.reason)}"
     if happened.type in {names.AGENT_PAUSED_TYPE, names.AGENT_RESUMED_TYPE, names.AGENT_STOPPED_TYPE}:
         intervention = Intervention.model_validate(happened.data)
         return _by(intervention.by, intervention.reason)
@@ -298,7 +316,7 @@ def _facts(told: AgentReport) -> Iterator[tuple[str, str]]:
             events += f", {status.forgotten} older than it remembers"
         yield "so far", f"{count(status.turn, 'turn')} ({status.failed_turns} failed), {events}"
         calls = f"{count(status.model_calls, 'model call')}, {count(status.tool_calls, 'tool call')}"
-        yield "spent", f"{usage(status.usage)}, {calls}"
+        yield "spent", ", ".join(part for part in (usage(status.usage), money(status.cost), calls) if part)
         if status.head:
             yield "head", f"entry {status.head}"
     if told.note:
@@ -315,6 +333,43 @@ def steered(who: str, update: str, status: Status) -> Text:
         names.STOP: "goes to sleep; its next event or question wakes it",
     }[update]
     return Text.assemble((visible(who), "bold"), f" {visible(what)}")
+
+
+# Budgets ----------------------------------------------------------------------------------------------------------
+
+_WINDOWS = {Per.DAY: "today", Per.MONTH: "this month", Per.TOTAL: "ever"}
+
+
+def account(found: Account) -> tuple[str, str, str, str, str, str, str]:
+    """A row of `perennial budget show`: whose, when, what was spent of what may be, and what calls may take now."""
+    spent, limit = found.spent, found.limit
+
+    def of(measure: Measure) -> str:
+        allowed = limit.of(measure) if limit else None
+        number = spent.of(measure)
+        shown = usd(number) if measure is Measure.USD else f"{number:,}"
+        if allowed is None:
+            return shown
+        total = allowed + found.lifted.of(measure)
+        return f"{shown} of {usd(total) if measure is Measure.USD else f'{total:,}'}"
+
+    who = "/".join(map(unquote, found.place.split("/")[1:]))
+    until = moment(found.until) if found.until else ""
+    unknown = f"{spent.unpriced:,}" if spent.unpriced else ""
+    return who, _WINDOWS[found.per], of(Measure.TOKENS), of(Measure.USD), of(Measure.TURNS), unknown, until
+
+
+def lifted(who: str, made: Lifted) -> Text:
+    """What `perennial budget lift` came to."""
+    return Text.assemble((visible(who), "bold"), f" may spend {allowed(made)}")
+
+
+def allowed(made: Lifted) -> str:
+    """What a lift came to."""
+    extra = LiftRequest(tokens=made.tokens, micro_usd=made.micro_usd, turns=made.turns).allows
+    what = ", ".join(amount(number, of) for of in Measure if (number := extra.of(of)))
+    until = f" until {moment(made.until)}" if made.until else ""
+    return f"{what} more for the {made.scope.value} {_WINDOWS[made.per]}{until}"
 
 
 # An agent's past --------------------------------------------------------------------------------------------------

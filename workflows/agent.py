@@ -21,6 +21,7 @@ from temporalio.exceptions import ActivityError, ApplicationError, is_cancelled_
 
 with workflow.unsafe.imports_passed_through():
     from workflows import interface, names
+    from workflows.budget import Lifted, LiftRequest
     from workflows.events import Delivery, Event
     from workflows.life import STATE_ATTRIBUTE, Life
     from workflows.messages import (
@@ -113,8 +114,9 @@ class AgentWorkflow:
         return bool(turn) and (self._state.current is None or turn != self._state.current.number)
 
     def _will_not_be_answered(self, digest: str) -> bool:
-        """Whether the agent closes before it takes this event; the turn in progress is finished first."""
-        return self._state.stopping is not None and not self._state.mailbox.turn_of(digest)
+        """Whether the agent closes before it answers this event; a turn that can go on is finished first."""
+        left = self._state.is_over_budget or not self._state.mailbox.turn_of(digest)
+        return self._state.stopping is not None and left
 
     @ask.validator
     def _may_ask(self, request: AskRequest) -> None:
@@ -213,6 +215,17 @@ class AgentWorkflow:
                 self._life.announce_rewind(rewound)
             return rewound
 
+    @workflow.update(name=names.LIFT_BUDGET)
+    async def lift_budget(self, request: LiftRequest) -> Lifted:
+        """Allow more than a limit of the budget until its window ends, for all whom the limit is about."""
+        await self._found()
+        return await self._turns.budget.lift(request)
+
+    @workflow.signal(name=names.CHECK_BUDGET)
+    def check_budget(self) -> None:
+        """Try again, if a turn waits for its budget: more may have been allowed, by way of another agent."""
+        self._turns.budget.look_again()
+
     def _refuse_if_moving(self) -> None:
         if self._state.current is not None and workflow.info().is_continue_as_new_suggested():
             raise ApplicationError("The agent is about to go on in a new run; ask again.", type=names.MOVING)
@@ -271,12 +284,13 @@ class AgentWorkflow:
         self._life.state = kept or self._state
         self._awake = True
         by_hand = workflow.info().typed_search_attributes.get(_AGENT_ATTRIBUTE) is None  # started without them
-        if by_hand or self._state.paused:
+        word = "paused" if self._state.paused else names.OVER_BUDGET if self._state.is_over_budget else "active"
+        if by_hand or word != "active":
             workflow.upsert_search_attributes(
                 [
                     _TENANT_ATTRIBUTE.value_set(self._life.address.tenant),
                     _AGENT_ATTRIBUTE.value_set(self._life.address.agent),
-                    STATE_ATTRIBUTE.value_set("paused" if self._state.paused else "active"),
+                    STATE_ATTRIBUTE.value_set(word),
                 ]
             )
 
@@ -297,7 +311,8 @@ class AgentWorkflow:
         return self._state.current is not None or bool(self._state.mailbox.ready and not held)
 
     def _may_close(self) -> bool:
-        return self._state.stopping is not None and self._state.current is None and self._state.fits
+        in_hand = self._state.current is not None and not self._state.is_over_budget
+        return self._state.stopping is not None and not in_hand and self._state.fits
 
     def _has_something_to_do(self) -> bool:
         return bool(self._life.inbox or self._state.outbox or self._may_close() or self._may_work())

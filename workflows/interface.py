@@ -14,6 +14,7 @@ from temporalio import activity
 from temporalio.common import RetryPolicy
 from typing_extensions import TypedDict
 
+from workflows.budget import Lifted, LiftRecord
 from workflows.messages import (
     CompactRequest,
     Decision,
@@ -139,6 +140,18 @@ class LedgerActivities(ABC):
         """Record a rewind or fork, with what it leaves behind; from then on the agent goes on behind that entry.
 
         Idempotent on the request's id, until the agent has taken another turn without having taken it in.
+        """
+
+
+class BudgetActivities(ABC):
+    """What people allow agents beyond their limits; served by the agent worker."""
+
+    @activity.defn(name="record_lift")
+    @abstractmethod
+    async def record_lift(self, record: LiftRecord) -> Lifted:
+        """Allow more than a limit until its window ends, for all whom the limit is about.
+
+        Idempotent on the request's id.
         """
 
 

@@ -17,6 +17,7 @@ from temporalio.types import MethodAsyncSingleParam
 
 with workflow.unsafe.imports_passed_through():
     from workflows import interface, names
+    from workflows.budget import Cost, usd
     from workflows.errors import failure_message
     from workflows.events import Event, Outgoing
     from workflows.messages import Intervention, PublishRequest, Reply, Rewound, SpecRequest
@@ -61,13 +62,17 @@ class Life:
 
     async def newest_spec(self) -> ControlSpec:
         """The agent's spec as it is now; a turn keeps the one that it began with."""
+        self.state.spec = spec = await self.offered_spec()
+        return spec
+
+    async def offered_spec(self) -> ControlSpec:
+        """The agent's spec as it is now, which is not taken up yet."""
         known = self.state.spec
         request = SpecRequest(
             tenant=self.address.tenant, agent=self.address.agent, known_digest=known.digest if known else ""
         )
         spec = await self.quickly(interface.SpecActivities.load_spec, request, "the agent's spec") or known
         assert spec is not None, "load_spec answers when no spec is known"
-        self.state.spec = spec
         return spec
 
     async def quickly(
@@ -131,7 +136,8 @@ class Life:
         why = f": {intervention.reason}" if intervention.reason else ""
         self.state.note(workflow.now(), f"{verb} by {intervention.by or 'somebody'}{why}")
         self.say(kind, f"{verb}-{workflow.uuid4()}", intervention.model_dump(mode="json"))
-        word = "active" if kind == names.AGENT_RESUMED_TYPE else verb
+        active = names.OVER_BUDGET if self.state.is_over_budget else "active"
+        word = active if kind == names.AGENT_RESUMED_TYPE else verb
         workflow.upsert_search_attributes([STATE_ATTRIBUTE.value_set(word)])
 
     def announce_rewind(self, rewound: Rewound) -> None:
@@ -168,11 +174,17 @@ class Life:
             f"**Now:** {state.activity()[1]}\n\n"
             f"**Waiting:** {len(state.mailbox.waiting)} events\n\n"
             f"**Spent:** {state.usage.input_tokens} tokens in, {state.usage.output_tokens} out, "
-            f"{state.model_calls} model calls, {state.tool_calls} tool calls\n\n"
+            f"{money(state.cost)}, {state.model_calls} model calls, {state.tool_calls} tool calls\n\n"
             f"**So far:** {state.turn} turns, {state.mailbox.accepted} events accepted, "
             f"{state.mailbox.duplicates} duplicates dropped, {state.failed_turns} failed turns\n\n"
             f"**Recent**\n{recent}"
         )
+
+
+def money(cost: Cost) -> str:
+    """What model calls have cost, in words."""
+    more = f" and {count(cost.unpriced, 'call')} of unknown price" if cost.unpriced else ""
+    return f"{usd(cost.micro_usd)}{more}"
 
 
 def count(number: int, noun: str) -> str:

@@ -11,6 +11,7 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from workflows.budget import Cost, Limit, Refusal
 from workflows.events import Event, EventReference, Outgoing
 
 
@@ -78,6 +79,8 @@ class ThinkRequest(_Message):
     """Whether `Decision.compact` may be answered."""
     repair: str = ""
     """What is wrong with the answer of the step before, as the model is told it; empty: nothing is."""
+    limits: tuple[Limit, ...] | None = None
+    """What may be spent, if that has changed since the turn began; None: what its spec says."""
 
 
 class CompactRequest(_Message):
@@ -88,6 +91,8 @@ class CompactRequest(_Message):
     step: int
     head: str
     spec_digest: str
+    limits: tuple[Limit, ...] | None = None
+    """What may be spent, if that has changed since the turn began; None: what its spec says."""
 
 
 class Decision(_Message):
@@ -110,6 +115,9 @@ class Decision(_Message):
     """The answer as JSON, if the agent's spec has a schema for it and the answer fits."""
     faults: list[str] = Field(default_factory=list)
     """What is wrong with the answer, if it does not."""
+    cost: Cost = Cost()
+    refused: Refusal | None = None
+    """Why no call was made, and nothing recorded: it might have broken a limit of the budget."""
 
 
 class ToolRequest(_Message):
@@ -159,6 +167,7 @@ class TurnSummary(_Message):
     tool_calls: int = 0
     usage: Usage = Usage()
     error: str | None = None
+    cost: Cost = Cost()
 
 
 class PublishRequest(_Message):
@@ -187,6 +196,7 @@ class Reply(_Message):
     rehearsal: bool = False
     entry: str | None = None
     """The ledger entry that holds the answer."""
+    cost: Cost = Cost()
 
 
 class AskRequest(_Message):
@@ -288,7 +298,7 @@ class Status(_Message):
     doing: str
     """What the agent does now, in words."""
     state: str
-    """idle, working, paused, held or stopping."""
+    """idle, working, over budget, paused, held or stopping."""
     turn: int
     head: str | None
     waiting: int
@@ -304,5 +314,8 @@ class Status(_Message):
     model_calls: int
     tool_calls: int
     usage: Usage
+    cost: Cost = Cost()
+    refused: Refusal | None = None
+    """The limit of the budget that the turn in progress waits for."""
     spec_digest: str
     recent: list[RecentItem]

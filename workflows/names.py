@@ -19,6 +19,8 @@ RESUME = "resume"
 STOP = "stop"
 REWIND = "rewind"
 FORK = "fork"
+LIFT_BUDGET = "lift_budget"
+CHECK_BUDGET = "check_budget"
 STATUS = "status"
 
 # Types of the errors with which updates are refused.
@@ -45,6 +47,8 @@ AGENT_RESUMED_TYPE = "perennial.agent.resumed.v1"
 AGENT_STOPPED_TYPE = "perennial.agent.stopped.v1"
 AGENT_REWOUND_TYPE = "perennial.agent.rewound.v1"
 AGENT_FORKED_TYPE = "perennial.agent.forked.v1"
+BUDGET_EXCEEDED_TYPE = "perennial.budget.exceeded.v1"
+BUDGET_LIFTED_TYPE = "perennial.budget.lifted.v1"
 ASK_TYPE = "perennial.ask.v1"
 
 # Types and source of the events by which ingest and `perennial dlq` keep an agent's order (see `events.hold`).
@@ -62,6 +66,9 @@ READ_RESULT = "read_result"
 TENANT_ATTRIBUTE = "PerennialTenant"
 AGENT_ATTRIBUTE = "PerennialAgent"
 STATE_ATTRIBUTE = "PerennialState"
+
+OVER_BUDGET = "over budget"
+"""In the search attribute: of an agent whose turn waits for its budget."""
 
 _ID_PREFIX = "agent"
 _MAX_ID_BYTES = 1000  # Temporal's limit.maxIDLength

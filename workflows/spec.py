@@ -17,6 +17,9 @@
       read: [key, tenant]
     reply: # answers are JSON that this schema describes
       schema: {type: object, properties: {urgent: {type: boolean}}, required: [urgent]}
+    budget:
+      limits:
+        - {scope: key, per: day, turns: 200, usd: 5}
     subscriptions:
       - topic: store.events
         types: ["store.customer.*"]
@@ -44,6 +47,8 @@ from pydantic import (
     Tag,
     model_validator,
 )
+
+from workflows.budget import Limit
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 """Lower-case letters, digits, dot, dash and underscore; 63 characters at most."""
@@ -187,6 +192,8 @@ class BudgetSpec(_Carried):
 
     steps_per_turn: int = Field(10, ge=1, le=1000)
     """Model calls in one turn; in the last one the agent is offered no tools and has to answer."""
+    limits: tuple[Limit, ...] = ()
+    """What may be spent, by whom and when; asked before each model call. An agent that may not go on waits."""
 
 
 class MailboxSpec(_Carried):
@@ -261,8 +268,20 @@ class ReplySpec(_Strict):
         return self
 
 
-class _BudgetSection(BudgetSpec, _Strict):
+class _LimitSection(Limit, _Strict):
     pass
+
+
+class _BudgetSection(BudgetSpec, _Strict):
+    limits: tuple[_LimitSection, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_no_limit_twice(self) -> Self:
+        named = [(limit.scope.value, limit.per.value) for limit in self.limits]
+        twice = sorted({f"{scope} per {per}" for scope, per in named if named.count((scope, per)) > 1})
+        if twice:
+            raise ValueError(f"there are two limits for {', '.join(twice)}; write them as one")
+        return self
 
 
 class _MailboxSection(MailboxSpec, _Strict):

@@ -10,6 +10,8 @@ from datetime import datetime
 
 from pydantic import BaseModel, Field
 
+from workflows import names
+from workflows.budget import Cost, Limit, Refusal
 from workflows.events import Event, EventReference, Outgoing
 from workflows.mailbox import Mailbox
 from workflows.messages import (
@@ -51,6 +53,19 @@ class CurrentTurn(BaseModel):
     """How often it was told so in this turn."""
     usage: Usage = Usage()
     tool_calls: int = 0
+    cost: Cost = Cost()
+    refused: Refusal | None = None
+    """The limit of the budget that the next step waits for."""
+    limits: tuple[Limit, ...] | None = None
+    """Those of a newer spec, looked up while it waited; None: those of its own."""
+
+    def activity(self) -> tuple[str, str]:
+        """What the turn does, in a word or two and in a sentence."""
+        place = f"turn {self.number}, step {self.step}"
+        if self.refused is not None:
+            return names.OVER_BUDGET, f"over budget; {place} waits: {self.refused}"
+        kinds = ", ".join(sorted({reference.type for reference in self.answers}))
+        return "working", f"{place}: {kinds}"
 
 
 class AgentState(BaseModel):
@@ -70,6 +85,7 @@ class AgentState(BaseModel):
     outbox: list[Outgoing] = Field(default_factory=list)
     """Events decided on and not yet published."""
     usage: Usage = Usage()
+    cost: Cost = Cost()
     model_calls: int = 0
     tool_calls: int = 0
     replies: int = 0
@@ -98,7 +114,9 @@ class AgentState(BaseModel):
         self.head = decision.head
         self.usage += decision.usage
         self.model_calls += 1
+        self.cost += decision.cost
         turn.usage += decision.usage
+        turn.cost += decision.cost
         turn.step += 1
 
     def record_tools(self, turn: CurrentTurn, results: list[ToolResult]) -> None:
@@ -118,6 +136,11 @@ class AgentState(BaseModel):
         """Go on behind another entry. Only the head changes: turns grow on, mail waits, what was seen stays seen."""
         self.head = rewound.head
         self.rewound = rewound.number
+
+    @property
+    def is_over_budget(self) -> bool:
+        """Whether the turn in progress waits for the budget."""
+        return self.current is not None and self.current.refused is not None
 
     @property
     def fits(self) -> bool:
@@ -141,12 +164,11 @@ class AgentState(BaseModel):
         self.recent = [*self.recent, RecentItem(at=now, text=line)][-_RECENT:]
 
     def activity(self) -> tuple[str, str]:
-        """The agent's state in one word (working, paused, held, idle) and in a sentence."""
+        """The agent's state in a word or two (working, over budget, paused, held, idle) and in a sentence."""
         if self.stopping is not None:
             return "stopping", f"stopping{_by(self.stopping)}; what is in hand is finished first"
         if self.current is not None:
-            kinds = ", ".join(sorted({reference.type for reference in self.current.answers}))
-            return "working", f"turn {self.current.number}, step {self.current.step}: {kinds}"
+            return self.current.activity()
         if self.paused is not None:
             return "paused", f"paused{_by(self.paused)}; {len(self.mailbox.waiting)} events wait"
         if self.mailbox.held and not self.mailbox.ready:
@@ -178,6 +200,8 @@ class AgentState(BaseModel):
             model_calls=self.model_calls,
             tool_calls=self.tool_calls,
             usage=self.usage,
+            cost=self.cost,
+            refused=self.current.refused if self.current else None,
             spec_digest=self.spec.digest if self.spec else "",
             recent=self.recent,
         )

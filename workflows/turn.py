@@ -28,6 +28,7 @@ with workflow.unsafe.imports_passed_through():
         TurnOutcome,
         TurnSummary,
     )
+    from workflows.over_budget import OverBudget, Parked
     from workflows.spec import ControlSpec
     from workflows.state import AgentState, CurrentTurn, result_bytes
 
@@ -39,13 +40,17 @@ class Turns:
 
     def __init__(self, life: Life) -> None:
         self._life = life
+        self.budget = OverBudget(life)
 
     @property
     def _state(self) -> AgentState:
         return self._life.state
 
     async def take(self) -> None:
-        """Take mail, think and act until there is an answer. A turn may be spread over several runs."""
+        """Take mail, think and act until there is an answer. A turn may be spread over several runs.
+
+        An agent that is asked to stop while its turn waits for the budget keeps the turn for later.
+        """
         turn = self._state.current
         if turn is None:
             spec = await self._life.newest_spec()
@@ -55,6 +60,8 @@ class Turns:
             turn = self._state.begin_turn(workflow.now(), spec.mailbox.events_per_turn)
         try:
             decision = await self._steps(turn)
+        except Parked:
+            return
         except ActivityError as error:
             if is_cancelled_exception(error):
                 raise
@@ -81,16 +88,23 @@ class Turns:
                     tools_allowed=not last,
                     may_compact=spec.compact and not (last or compacted),
                     repair=turn.repair,
+                    limits=turn.limits,
                 ),
                 task_queue=names.model_queue(workflow.info().task_queue),
                 summary=_think_summary(turn),
                 **interface.THINK,
             )
-            if decision.compact:
-                await self._compact(turn, spec)
-                compacted = True
+            compacted = decision.compact
+            if compacted:
+                decision = await self._compact(turn, spec)
+            if decision.refused is not None:
+                compacted = False
+                await self.budget.wait(turn, decision.refused)
                 continue
-            compacted = False
+            self.budget.go_on(turn)
+            if compacted:
+                self._note_summary(turn, decision)
+                continue
             self._state.record_step(turn, decision)
             if repair.sent_back(spec, turn, decision):
                 self._life.continue_as_new_if_due()
@@ -107,10 +121,10 @@ class Turns:
             self._state.record_tools(turn, results)
             self._life.continue_as_new_if_due()
 
-    async def _compact(self, turn: CurrentTurn, spec: ControlSpec) -> None:
+    async def _compact(self, turn: CurrentTurn, spec: ControlSpec) -> Decision:
         """Have the conversation summed up. If the model would not, the turn goes on with what of it still fits."""
         assert self._state.head is not None, "where there is something to sum up, there is an entry"
-        decision = await workflow.execute_activity_method(
+        return await workflow.execute_activity_method(
             interface.ModelActivities.compact,
             CompactRequest(
                 workflow_id=self._life.id,
@@ -118,11 +132,14 @@ class Turns:
                 step=turn.step,
                 head=self._state.head,
                 spec_digest=spec.digest,
+                limits=turn.limits,
             ),
             task_queue=names.model_queue(workflow.info().task_queue),
             summary=f"turn {turn.number}, step {turn.step}: sum up the conversation",
             **interface.THINK,
         )
+
+    def _note_summary(self, turn: CurrentTurn, decision: Decision) -> None:
         self._state.record_call(turn, decision)
         how = f"could not be summed up: {decision.error}" if decision.error else "summed up"
         self._state.note(workflow.now(), f"the conversation {how}")
@@ -174,6 +191,7 @@ class Turns:
             error=decision.error,
             answers=turn.answers,
             usage=turn.usage,
+            cost=turn.cost,
             steps=turn.step - 1,
             tool_calls=turn.tool_calls,
             model=decision.model,
@@ -195,6 +213,7 @@ class Turns:
             tool_calls=turn.tool_calls,
             usage=turn.usage,
             error=decision.error,
+            cost=turn.cost,
         )
         self._state.outbox.append(self._life.reply_event(reply))
         kind = names.TURN_FAILED_TYPE if failed else names.TURN_COMPLETED_TYPE

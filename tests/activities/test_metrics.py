@@ -41,8 +41,23 @@ GOLDEN = {
     "perennial_compactions_total": ("outcome",),
     "perennial_reply_repairs_total": ("outcome",),
     "perennial_tokens_total": ("pool", "model", "direction"),
+    "perennial_spend_usd_total": ("agent", "pool"),
+    "perennial_budget_refusals_total": ("agent", "scope", "measure"),
 }
-LABELS = {"topic", "agent", "reason", "status", "partition", "outcome", "tool", "pool", "model", "direction"}
+LABELS = {
+    "topic",
+    "agent",
+    "reason",
+    "status",
+    "partition",
+    "outcome",
+    "tool",
+    "pool",
+    "model",
+    "direction",
+    "scope",
+    "measure",
+}
 """Closed sets; never an agent's key, an event's id or an error's text."""
 
 

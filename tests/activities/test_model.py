@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,13 @@ from activities.entries import (
 from activities.ledger import Ledger
 from activities.memory import Call, Memory
 from activities.model import Model, new_messages, render
+from activities.prices import Price
+from activities.spend import Account, Spending
 from workflows import names, repair
+from workflows.budget import Cost, Limit, Measure, Spent
 from workflows.events import Event, EventReference
 from workflows.messages import Decision, ThinkRequest, ToolCall, ToolOutcome, ToolResult, Usage
-from workflows.spec import ContextSpec, MemorySpec, ReplyForm, ResolvedSpec, Scope, ToolDefinition
+from workflows.spec import BudgetSpec, ContextSpec, MemorySpec, ReplyForm, ResolvedSpec, Scope, ToolDefinition
 
 AGENT = "agent/store/logistics/order-42"
 SHIPPED = Event(id="e1", source="shop", type="order.shipped", subject="order-42", data={"by": "Größe", "n": 1})
@@ -72,6 +77,8 @@ async def world(
     tokens: int = 32_000,
     memory: MemorySpec | None = None,
     reply: ReplyForm | None = None,
+    limits: tuple[Limit, ...] = (),
+    price: Price | None = None,
 ) -> AsyncIterator[World]:
     """An agent whose model answers with these."""
     spec = ResolvedSpec(
@@ -82,9 +89,11 @@ async def world(
         context=ContextSpec(tokens=tokens),
         memory=memory,
         reply=reply,
+        budget=BudgetSpec(limits=limits),
     )
     async with serving(*replies) as server, Ledger(f"sqlite:///{folder}/ledger.db") as ledger:
-        config = ModelsConfig(pools={"only": PoolConfig(model="openai-chat:small", base_url=server.url)})
+        only = PoolConfig(model="openai-chat:small", base_url=server.url, max_output_tokens=1000, price=price)
+        config = ModelsConfig(pools={"only": only})
         async with Pools(config, {}) as pools:
             yield World(ledger, Model(ledger, pools), server, await ledger.put_spec(spec))
 
@@ -98,7 +107,11 @@ async def test_a_step_is_answered_and_recorded(tmp_path: Path) -> None:
         decided = await agent.think(SHIPPED)
         entry = await agent.entry()
     assert decided == Decision(
-        head=entry.id, text="On its way.", usage=Usage(input_tokens=30, output_tokens=4), model="real-1"
+        head=entry.id,
+        text="On its way.",
+        usage=Usage(input_tokens=30, output_tokens=4),
+        model="real-1",
+        cost=Cost(unpriced=1),
     )
     assert entry.messages == [UserMessage(text=SHIPPED_TEXT), AssistantMessage(text="On its way.")]
     assert entry.answers == [EventReference(source="shop", id="e1", type="order.shipped")]
@@ -250,6 +263,108 @@ async def test_an_event_that_alone_is_too_long_is_final(tmp_path: Path) -> None:
     async with world(tmp_path, refused(400, "x", "context_length_exceeded")) as agent:
         assert (await agent.think(SHIPPED)).error is not None
         assert len(agent.server.requests) == 1
+
+
+# Budgets -------------------------------------------------------------------------------------------------------------
+
+CHEAP = Price(input=Decimal(2), output=Decimal(10))
+
+
+async def account(agent: World) -> Account:
+    """What the agent has spent today, and what is set aside."""
+    return (await Spending(agent.ledger).accounts(AGENT))[0]
+
+
+async def test_what_a_call_costs_is_told_and_kept(tmp_path: Path) -> None:
+    """30 tokens in and 4 out; a retry is told the same, and it is counted once."""
+    async with world(tmp_path, said("On its way."), price=CHEAP) as agent:
+        decided = await agent.think(SHIPPED)
+        assert await agent.think(SHIPPED) == decided
+        spent = (await account(agent)).spent
+    assert decided.cost == Cost(micro_usd=100)
+    assert spent == Spent(tokens=34, micro_usd=100, turns=1, calls=1)
+
+
+async def test_a_call_that_might_break_the_budget_is_not_made(tmp_path: Path) -> None:
+    """P10: before the call; nothing is sent, nothing recorded, and with a newer limit the same step is made."""
+
+    def refusals() -> float:
+        labels = {"agent": "logistics", "scope": "key", "measure": "usd"}
+        return REGISTRY.get_sample_value("perennial_budget_refusals_total", labels) or 0
+
+    before = refusals()
+    limit = Limit(usd=Decimal("0.0101"))  # the longest answer alone may cost a cent
+    async with world(tmp_path, said("On its way."), price=CHEAP, limits=(limit,)) as agent:
+        decided = await agent.think(SHIPPED)
+        assert agent.server.requests == []
+        assert await agent.ledger.find(AGENT, 1, 1) is None
+        assert (await account(agent)).reserved == Spent()
+        made = await agent.think(SHIPPED, limits=(Limit(usd=Decimal(1)),))
+    assert decided.refused is not None
+    assert (decided.refused.measure, decided.refused.spent) == (Measure.USD, 0)
+    assert decided.head == ""
+    assert refusals() == before + 1
+    assert (made.text, made.refused) == ("On its way.", None)
+
+
+async def test_a_model_whose_price_is_not_known_is_not_called_under_a_limit_in_dollars(tmp_path: Path) -> None:
+    """It would count as nothing."""
+    async with world(tmp_path, said("On its way."), limits=(Limit(usd=Decimal(100)),)) as agent:
+        refused = (await agent.think(SHIPPED)).refused
+        assert refused is not None
+        assert refused.unpriced == "openai-chat:small (pool only)"
+        free = await agent.think(SHIPPED, limits=(Limit(tokens=10_000),))
+        assert (await account(agent)).spent.unpriced == 1
+    assert free.cost == Cost(unpriced=1)
+
+
+async def test_a_worker_that_dies_in_its_call_leaves_what_its_retry_takes_over(tmp_path: Path) -> None:
+    """Set aside while the model thinks, and once; the truth replaces it."""
+    limits = (Limit(tokens=2000),)
+    async with world(tmp_path, Reply(hang=True), said("On its way."), limits=limits) as agent:
+        dying = asyncio.create_task(agent.think(SHIPPED))
+        await agent.server.arrived.wait()
+        set_aside = (await account(agent)).reserved
+        dying.cancel()
+        await asyncio.wait([dying])
+        assert (await account(agent)).reserved == set_aside, "as after kill -9"
+        await agent.think(SHIPPED)
+        after = await account(agent)
+    assert set_aside.turns == set_aside.calls == 1
+    assert 1000 < set_aside.tokens < 2000, "it fits once, not twice"
+    assert (after.spent, after.reserved) == (Spent(tokens=34, turns=1, calls=1, unpriced=1), Spent())
+
+
+@pytest.mark.parametrize("trouble", [refused(429, retry_after="11"), refused(400)])
+async def test_a_call_that_fails_keeps_nothing_from_others(tmp_path: Path, trouble: Reply) -> None:
+    """Nobody has answered, and nothing was spent."""
+    async with world(tmp_path, trouble, limits=(Limit(tokens=2000),)) as agent:
+        with contextlib.suppress(ApplicationError):
+            await agent.think(SHIPPED)
+        found = await account(agent)
+    assert found.reserved == Spent()
+    assert found.spent.tokens == found.spent.calls == 0
+
+
+async def test_an_answer_is_never_longer_than_what_was_set_aside_for_it(tmp_path: Path) -> None:
+    """Of a pool that names no longest answer the budget does."""
+    server = PoolConfig(model="openai-chat:small", base_url="http://127.0.0.1:9/v1")
+    named = server.model_copy(update={"settings": {"max_tokens": 70}})
+    config = ModelsConfig(pools={"server": server, "named": named}, routes={"all": ["server", "named"], "n": ["named"]})
+    async with Pools(config, {}) as pools:
+        assert pools.need("all", 10).tokens == 10 + 8192
+        assert pools.need("n", 10).tokens == 80
+        with pytest.raises(ApplicationError, match="There is no route 'none'"):
+            pools.need("none", 10)
+    async with serving(said("Fine.")) as chat, Ledger(f"sqlite:///{tmp_path}/l.db") as ledger:
+        pool = PoolConfig(model="openai-chat:small", base_url=chat.url)
+        async with Pools(ModelsConfig(pools={"only": pool}), {}) as pools:
+            spec = ResolvedSpec(name="logistics", tenant="store", instructions="Ship things.")
+            agent = World(ledger, Model(ledger, pools), chat, await ledger.put_spec(spec))
+            await agent.think(SHIPPED)
+            await agent.think(SHIPPED, turn=2, head=(await agent.entry()).id, limits=(Limit(tokens=100_000),))
+    longest = [request.get("max_completion_tokens", request.get("max_tokens")) for request in chat.requests]
+    assert longest == [None, 8192]
 
 
 # Surroundings --------------------------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from activities.endpoints import ModelsConfig, ModelsError, PoolConfig, Pools, load_models, models_from_environment
+from activities.prices import Price
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -96,7 +98,11 @@ def test_without_a_provider_the_rehearsal_endpoint_is_used() -> None:
     """No key at all: the stack still answers, from rules. A region is no provider, and neither is an empty key."""
     assert only_pool({"AWS_REGION": "eu-west-1", "OPENAI_API_KEY": ""}, "http://127.0.0.1:9/v1") == (
         "rehearsal",
-        PoolConfig(model="openai-chat:rehearsal", base_url="http://127.0.0.1:9/v1"),
+        PoolConfig(
+            model="openai-chat:rehearsal",
+            base_url="http://127.0.0.1:9/v1",
+            price=Price(input=Decimal(0), output=Decimal(0)),
+        ),
     )
 
 

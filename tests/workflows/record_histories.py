@@ -27,6 +27,7 @@ from temporalio.exceptions import ApplicationError
 
 from workers.wiring import start_options
 from workflows import names
+from workflows.budget import Lifted, LiftRequest, LimitScope, Measure, Per, Refusal
 from workflows.events import Delivery, Event, hold, hold_digest, release
 from workflows.messages import (
     AskRequest,
@@ -340,6 +341,32 @@ async def repaired(life: Life) -> None:
     await life.stop()
 
 
+async def over_budget(life: Life) -> None:
+    """Over its budget: looks again, is stopped and woken, until it is allowed more."""
+    limit = Refusal(scope=LimitScope.KEY, per=Per.TOTAL, measure=Measure.TOKENS, limit=10, spent=10, needed=5)
+
+    def think(request: ThinkRequest) -> Decision:
+        if request.step == 2 and not life.world.lifts:
+            return Decision(head=request.head or "", refused=limit)
+        return answer("done", request, *([ToolCall(id="call-1", name="look")] if request.step == 1 else []))
+
+    life.world.think_with = think
+    life.world.tool = lambda request: ToolResult(call_id=request.call.id, name="look", content="seen")
+    life.world.spec = ControlSpec(digest="s", tools={"look": ToolControl()})
+    await life.deliver(event(1))
+    await eventually(lambda: bool(life.world.lifecycle(names.BUDGET_EXCEEDED_TYPE)))
+    seen = len(life.world.thoughts)
+    await life.handle.signal(names.CHECK_BUDGET)
+    await eventually(lambda: len(life.world.thoughts) > seen)
+    await life.stop()
+    await life.deliver(event(2))
+    await eventually(lambda: len(life.world.thoughts) > seen + 1)
+    request = LiftRequest(id="l-1", scope=limit.scope, per=limit.per, tokens=100, by=_ME.by, reason=_ME.reason)
+    await life.handle.execute_update(names.LIFT_BUDGET, request, result_type=Lifted)
+    await life.replies(2)
+    await life.stop()
+
+
 _STACK_TRACE = re.compile(r'"stackTrace": "(?:[^"\\]|\\.)*"')
 
 LIVES: tuple[Callable[[Life], Awaitable[None]], ...] = (
@@ -357,6 +384,7 @@ LIVES: tuple[Callable[[Life], Awaitable[None]], ...] = (
     forked,
     compacted,
     repaired,
+    over_budget,
 )
 
 

@@ -23,6 +23,7 @@ from temporalio.worker import (
 from typing_extensions import override
 
 from workflows import names, repair
+from workflows.budget import Lifted, LiftRequest, LimitScope, Measure, Per, Refusal
 from workflows.messages import (
     Decision,
     Intervention,
@@ -405,3 +406,31 @@ async def test_a_repair_goes_on_in_the_next_run(brief: Client, queue: str, agent
     (reply,) = world.replies
     assert (reply.steps, reply.error) == (21, repair.failure(["no"]))
     assert [bool(request.repair) for request in world.thoughts] == [False] * 12 + [True] * 9
+
+
+async def test_a_turn_waits_for_its_budget_through_many_runs(
+    brief: Client, queue: str, agent_id: str, meddler: Meddler
+) -> None:
+    """P10: it looks again for so long that the run grows old; the turn goes on in a later one, where it was."""
+    limit = Refusal(scope=LimitScope.KEY, per=Per.TOTAL, measure=Measure.TURNS, limit=1, spent=1, needed=1, until=None)
+
+    def think(request: ThinkRequest) -> Decision:
+        if not world.lifts:
+            return Decision(head=request.head or "", refused=limit)
+        return answer("ok", request)
+
+    world = World(think_with=think, spec=one_by_one())
+    numbers = range(1, 13)
+    handle = brief.get_workflow_handle(agent_id)
+    async with world.workers(brief, queue):
+        for number in numbers:
+            await deliver(brief, agent_id, queue, event(number))
+            await eventually(lambda number=number: len(world.thoughts) >= number)
+            await handle.signal(names.CHECK_BUDGET)
+        await eventually(lambda: len(meddler.runs) >= 2)
+        await handle.execute_update(names.LIFT_BUDGET, LiftRequest(turns=100), result_type=Lifted)
+        await eventually(lambda: len(world.replies) == len(numbers))
+        await stop(brief, agent_id)
+    assert answered(world) == [f"event-{number}" for number in numbers]
+    assert len(world.lifecycle(names.BUDGET_EXCEEDED_TYPE)) == 1
+    assert {request.turn for request in world.thoughts if not request.results} == set(numbers)

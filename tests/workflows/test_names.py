@@ -20,6 +20,8 @@ GOLDEN = {
     "GONE_ON": "GoneOn",
     "REWIND": "rewind",
     "FORK": "fork",
+    "LIFT_BUDGET": "lift_budget",
+    "CHECK_BUDGET": "check_budget",
     "IDEMPOTENCY_META": "perennial/idempotencyKey",
     "READ_RESULT": "read_result",
     "DELIVER": "deliver",
@@ -41,6 +43,9 @@ GOLDEN = {
     "AGENT_STOPPED_TYPE": "perennial.agent.stopped.v1",
     "AGENT_REWOUND_TYPE": "perennial.agent.rewound.v1",
     "AGENT_FORKED_TYPE": "perennial.agent.forked.v1",
+    "BUDGET_EXCEEDED_TYPE": "perennial.budget.exceeded.v1",
+    "BUDGET_LIFTED_TYPE": "perennial.budget.lifted.v1",
+    "OVER_BUDGET": "over budget",
     "ASK_TYPE": "perennial.ask.v1",
     "HOLD_TYPE": "perennial.hold.v1",
     "RELEASE_TYPE": "perennial.release.v1",
@@ -121,8 +126,9 @@ def test_the_workflow_answers_to_these_names() -> None:
     """The type, signal, updates and query that clients in any language call are those of this module."""
     definition = AgentWorkflow.__temporal_workflow_definition  # type: ignore[attr-defined]
     assert definition.name == names.WORKFLOW_TYPE
-    assert set(definition.signals) == {names.DELIVER}
-    assert set(definition.updates) == {names.ASK, names.PAUSE, names.RESUME, names.STOP, names.REWIND, names.FORK}
+    assert set(definition.signals) == {names.DELIVER, names.CHECK_BUDGET}
+    steering = {names.PAUSE, names.RESUME, names.STOP, names.REWIND, names.FORK, names.LIFT_BUDGET}
+    assert set(definition.updates) == {names.ASK, *steering}
     assert set(definition.queries) == {names.STATUS}
 
 

@@ -39,6 +39,7 @@ LIVES = (
     "forked",
     "compacted",
     "repaired",
+    "over_budget",
 )
 
 
