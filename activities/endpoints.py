@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Self, cast
+from typing import Annotated, Any, Protocol, Self, cast
 
 from pydantic import (
     BaseModel,
@@ -32,7 +32,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic_ai.direct import model_request
+from pydantic_ai.direct import model_request, model_request_stream
 from pydantic_ai.exceptions import (
     ContentFilterError,
     ModelAPIError,
@@ -45,7 +45,17 @@ from pydantic_ai.exceptions import (
     UnexpectedModelBehavior,
     UserError,
 )
-from pydantic_ai.messages import InstructionPart, ModelMessage, ModelResponse
+from pydantic_ai.messages import (
+    InstructionPart,
+    ModelMessage,
+    ModelResponse,
+    ModelResponseStreamEvent,
+    PartDeltaEvent,
+    PartStartEvent,
+    TextPart,
+    TextPartDelta,
+    ToolCallPart,
+)
 from pydantic_ai.models import Model, ModelRequestParameters, infer_model
 from pydantic_ai.providers import Provider, infer_provider_class
 from pydantic_ai.settings import ModelSettings
@@ -236,6 +246,19 @@ class Answer:
     """What it has cost, in micro-dollars; None: its price is not known."""
 
 
+class Listener(Protocol):
+    """Is told what a model says, as it says it."""
+
+    def begin(self) -> None:
+        """A request is made; what was told of an earlier one is void."""
+
+    def text(self, text: str) -> None:
+        """More of the answer's text."""
+
+    def tool_call(self, name: str) -> None:
+        """A tool is called."""
+
+
 class Pools:
     """The model endpoints. Clients are made when first used, and kept; `close` ends their connections.
 
@@ -288,6 +311,7 @@ class Pools:
         key: str,
         tools_allowed: bool = True,
         budgeted: bool = False,
+        listener: Listener | None = None,
     ) -> Answer:
         """Have the conversation answered by the first pool of the route that can.
 
@@ -300,6 +324,7 @@ class Pools:
             key: idempotency key, the same whenever this call is made again.
             tools_allowed: False if the model has to answer without calling a tool.
             budgeted: let no answer be longer than `need` has it.
+            listener: is told of the answer as it comes; without one, it is not asked for bit by bit.
 
         Raises:
             FinalError: the request was refused, and would be again.
@@ -320,7 +345,7 @@ class Pools:
             if budgeted:
                 settings.setdefault("max_tokens", _ANSWER_TOKENS)
             try:
-                return await self._ask(name, conversation, settings, parameters)
+                return await self._ask(name, conversation, settings, parameters, listener)
             except _Failure as failure:
                 log.warning("%s", failure)
                 failures.append(failure)
@@ -358,7 +383,12 @@ class Pools:
         return names
 
     async def _ask(
-        self, name: str, conversation: list[ModelMessage], settings: ModelSettings, parameters: ModelRequestParameters
+        self,
+        name: str,
+        conversation: list[ModelMessage],
+        settings: ModelSettings,
+        parameters: ModelRequestParameters,
+        listener: Listener | None,
     ) -> Answer:
         """One call of one pool: one HTTP request."""
         pool = self._config.pools[name]
@@ -368,9 +398,12 @@ class Pools:
             raise _Failure(str(error), Remedy.RETRY_ELSEWHERE) from error
         started = time.monotonic()
         try:
-            response = await model_request(
-                model, conversation, model_settings=settings, model_request_parameters=parameters
-            )
+            if listener is None:
+                response = await model_request(
+                    model, conversation, model_settings=settings, model_request_parameters=parameters
+                )
+            else:
+                response = await _heard(model, conversation, settings, parameters, listener)
             _refuse_withheld(response)
         except (ModelAPIError, UnexpectedModelBehavior) as error:
             remedy = remedy_for(error)
@@ -436,6 +469,42 @@ def remedy_for(error: ModelAPIError | UnexpectedModelBehavior) -> Remedy:
             return Remedy.RETRY_ELSEWHERE
         return remedy_for_status(error.status_code)
     return Remedy.FINAL if isinstance(error, ModelRequestRejectedError) else Remedy.RETRY_ELSEWHERE
+
+
+async def _heard(
+    model: Model[Any],
+    conversation: list[ModelMessage],
+    settings: ModelSettings,
+    parameters: ModelRequestParameters,
+    listener: Listener,
+) -> ModelResponse:
+    """Make a request whose answer comes bit by bit.
+
+    Raises:
+        UnexpectedModelBehavior: it ended without an end: what came may be half of it.
+    """
+    listener.begin()
+    stream = model_request_stream(model, conversation, model_settings=settings, model_request_parameters=parameters)
+    try:
+        async with stream as events:
+            async for event in events:
+                _tell(listener, event)
+            response = events.get()
+    except NotImplementedError:  # not every kind of model can; then the answer is heard when it is whole
+        return await model_request(model, conversation, model_settings=settings, model_request_parameters=parameters)
+    if response.finish_reason is None:
+        raise UnexpectedModelBehavior("the model's answer broke off")
+    return response
+
+
+def _tell(listener: Listener, event: ModelResponseStreamEvent) -> None:
+    match event:
+        case PartStartEvent(part=TextPart(content=text)) | PartDeltaEvent(delta=TextPartDelta(content_delta=text)):
+            listener.text(text)
+        case PartStartEvent(part=ToolCallPart(tool_name=name)):
+            listener.tool_call(name)
+        case _:
+            pass  # thinking, arguments, and what is told otherwise
 
 
 def _refuse_withheld(response: ModelResponse) -> None:

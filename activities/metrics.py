@@ -85,6 +85,13 @@ def compaction(outcome: str) -> None:
     _COMPACTIONS.labels(outcome).inc()
 
 
+_DELTAS = Counter(
+    "perennial_stream_records_total",
+    "Parts of answers for agents.stream; outcome: sent, or dropped where Kafka was away or too slow.",
+    ["outcome"],
+)
+
+
 def events_received(topic: str, count: int = 1) -> None:
     """Records were read from Kafka."""
     _EVENTS_RECEIVED.labels(topic).inc(count)
@@ -191,6 +198,11 @@ def model_call(pool: str, model: str, outcome: str, seconds: float) -> None:
 def reply_repair(outcome: str) -> None:
     """An answer was sent back to the model, which has answered: it `fits`, it is `unfit` still, or it is `other`."""
     _REPAIRS.labels(outcome).inc()
+
+
+def delta(outcome: str) -> None:
+    """A part of an answer was `sent` to the stream topic, or `dropped`."""
+    _DELTAS.labels(outcome).inc()
 
 
 def tokens(pool: str, model: str, usage: Usage) -> None:

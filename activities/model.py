@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,13 +24,14 @@ from typing_extensions import override
 from activities import metrics
 from activities.compaction import Conversations, summary_of
 from activities.conversation import storable
-from activities.endpoints import Answer, FinalError, Pools
+from activities.endpoints import Answer, FinalError, Listener, Pools
 from activities.entries import Entry, MemoryMessage, Message, RepairMessage, ToolMessage, UserMessage
 from activities.forms import Form, Reading
 from activities.heartbeat import beating
 from activities.ledger import Ledger
 from activities.memory import Memory
 from activities.spend import Spending
+from activities.stream import Put, Telling
 from workflows import names
 from workflows.budget import Cost, Limit, Refusal
 from workflows.errors import Remedy, activity_error
@@ -68,28 +70,33 @@ class _CrowdedError(Exception):
 class Model(ModelActivities):
     """Makes model calls and records them."""
 
-    def __init__(self, ledger: Ledger, pools: Pools) -> None:
+    def __init__(self, ledger: Ledger, pools: Pools, put: Put | None = None) -> None:
         self._ledger = ledger
         self._conversations = Conversations(ledger)
         self._memory = Memory(ledger)
         self._spending = Spending(ledger)
         self._pools = pools
-        self._forms: dict[str, Form | None] = {}
-        """What answers have to fit, by the spec's digest: what the ledger has under it never changes."""
+        self._put = put
+        self._specs: dict[str, tuple[Form | None, bool]] = {}
+        """What answers have to fit, and whether they are streamed, by the spec's digest: what the ledger has under it
+        never changes."""
 
     @override
     @activity.defn(name="think")
     async def think(self, request: ThinkRequest) -> Decision:
-        try:
-            entry, cost = await self._recorded(request, lambda: self._step(request))
-        except _CrowdedError:
-            return Decision(head=request.head or "", compact=True)
-        except _RefusedError as refused:
-            return Decision(head=request.head or "", refused=refused.refusal)
-        if entry.summary and request.may_compact:
-            return Decision(head=request.head or "", compact=True)
-        if entry.parent != request.head or [r.digest for r in entry.answers] != [e.digest for e in request.events]:
-            raise _other_life(request)
+        with await self._telling(request) as told:
+            try:
+                entry, cost = await self._recorded(request, lambda: self._step(request, told))
+            except _CrowdedError:
+                return Decision(head=request.head or "", compact=True)
+            except _RefusedError as refused:
+                return Decision(head=request.head or "", refused=refused.refusal)
+            if entry.summary and request.may_compact:
+                return Decision(head=request.head or "", compact=True)
+            if entry.parent != request.head or [r.digest for r in entry.answers] != [e.digest for e in request.events]:
+                raise _other_life(request)
+            if told:
+                told.finish(entry.answer.text if entry.answer else "")
         return decision(entry, await self._form(request.spec_digest), cost)
 
     @override
@@ -120,12 +127,29 @@ class Model(ModelActivities):
 
     async def _form(self, digest: str) -> Form | None:
         """What the answers of agents with this spec have to fit."""
-        if digest not in self._forms:
-            spec = await self._ledger.get_spec(digest)
-            self._forms[digest] = Form(spec.reply.json_schema) if spec.reply else None
-        return self._forms[digest]
+        return (await self._known(digest))[0]
 
-    async def _step(self, request: ThinkRequest) -> tuple[Entry, Cost]:
+    async def _known(self, digest: str) -> tuple[Form | None, bool]:
+        if digest not in self._specs:
+            spec = await self._ledger.get_spec(digest)
+            self._specs[digest] = Form(spec.reply.json_schema) if spec.reply else None, spec.stream
+        return self._specs[digest]
+
+    async def _telling(self, request: ThinkRequest) -> AbstractContextManager[Telling | None]:
+        """Tells what the model says, if somebody is to be told."""
+        _, streamed = await self._known(request.spec_digest)
+        if self._put is None or not streamed:
+            return nullcontext()
+        return Telling(
+            self._put,
+            request.workflow_id,
+            turn=request.turn,
+            step=request.step,
+            attempt=activity.info().attempt,
+            answers=_references(request),
+        )
+
+    async def _step(self, request: ThinkRequest, told: Telling | None) -> tuple[Entry, Cost]:
         """Make the call; what came of it, as an entry."""
         spec = await self._ledger.get_spec(request.spec_digest)
         form = await self._form(request.spec_digest)
@@ -141,13 +165,14 @@ class Model(ModelActivities):
         answer: Answer | None = None
         error: str | None = None
         try:
-            answer = await self._ask(request, spec, instructions, conversation, tools_allowed=request.tools_allowed)
+            answer = await self._ask(
+                request, spec, instructions, conversation, tools_allowed=request.tools_allowed, listener=told
+            )
         except FinalError as refused:
             error = str(refused)
         if request.events:
             await self._notice_repeated(request)
-        references = [EventReference(source=event.source, id=event.id, type=event.type) for event in request.events]
-        made = _entry(request, [*messages, answer.message] if answer else messages, answer, error, references)
+        made = _entry(request, [*messages, answer.message] if answer else messages, answer, error, _references(request))
         if request.repair:
             metrics.reply_repair(_repaired(decision(made[0], form)))
         return made
@@ -197,7 +222,7 @@ class Model(ModelActivities):
         facts = await self._memory.fitting(request.workflow_id, spec.memory, _query(request.events))
         return [MemoryMessage(facts=facts)] if facts else []
 
-    async def _ask(
+    async def _ask(  # noqa: PLR0913  # what is asked, of whom, and who listens
         self,
         request: ThinkRequest | CompactRequest,
         spec: ResolvedSpec,
@@ -205,6 +230,7 @@ class Model(ModelActivities):
         conversation: Callable[[int], Awaitable[_Conversation]],
         *,
         tools_allowed: bool,
+        listener: Listener | None = None,
     ) -> Answer:
         """Have the step answered, showing less of the conversation if it is too long.
 
@@ -235,6 +261,7 @@ class Model(ModelActivities):
                     key=key if share == 1 else f"{key}/{share}",  # another request: it needs another key
                     tools_allowed=tools_allowed,
                     budgeted=bool(limits),
+                    listener=listener,
                 )
             except FinalError as error:
                 if not error.too_long or not context or share == _SHARES[-1]:
@@ -306,6 +333,11 @@ def _entry(
         recorded_at=datetime.now(UTC).isoformat(),
     )
     return entry, _cost(request.workflow_id, answer)
+
+
+def _references(request: ThinkRequest) -> list[EventReference]:
+    """The events that are new in a step."""
+    return [EventReference(source=event.source, id=event.id, type=event.type) for event in request.events]
 
 
 def _other_life(request: ThinkRequest | CompactRequest) -> Exception:

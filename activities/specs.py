@@ -104,6 +104,7 @@ class Agent:
             context=self.spec.context,
             memory=self.spec.memory,
             reply=self.reply,
+            stream=self.spec.stream,
             hibernate_after=timedelta(seconds=idle) if (idle := self.spec.hibernate_after_seconds) else None,
         )
 

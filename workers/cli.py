@@ -18,12 +18,13 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from uuid import uuid4
 
 import typer
 from typer.core import TyperGroup
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from workers.dlq import Filter, Letter
     from workers.history import Plan
     from workflows.events import Event
+    from workflows.messages import AskRequest, Delta, Reply
+    from workflows.names import Address
 
 _WARNINGS_SHOWN = 20
 
@@ -351,9 +354,10 @@ def _is_of(event: Event, agent: str) -> bool:
     epilog=_examples(
         "perennial ask customer-service/customer-17 'Where is my order?'",
         "perennial ask store/logistics/order-1042 'Status?' --json",
+        "perennial ask concierge/room-7 'Tell me of the town.' --stream",
     )
 )
-def ask(
+def ask(  # noqa: PLR0913  # an option each
     agent: Agent,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="What to ask.")],
     *,
@@ -361,38 +365,88 @@ def ask(
     ask_id: Annotated[
         str, typer.Option("--id", help="Names the question: asked again with the same id, the reply is the same.")
     ] = "",
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print the reply as it comes, if the agent's spec says `stream: true`.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Ask an agent and print its reply. An agent that sleeps is woken; one that never lived begins to."""
+    """Ask an agent and print its reply. An agent that sleeps is woken; one that never lived begins to.
+
+    With --stream and --json, each line is one document: the parts as they come, then the reply.
+    """
     if not text.strip():
         raise typer.BadParameter("there is nothing to ask: the text is empty")
-    asyncio.run(_ask(Settings.load(), agent, text, ask_id, timeout, _output(as_json=as_json)))
+    output = _output(as_json=as_json)
+    asyncio.run(_ask(Settings.load(), agent, text, ask_id, timeout, output, stream=stream))
 
 
 async def _ask(  # noqa: PLR0913, PLR0917  # the command's own parameters
-    settings: Settings, agent: str, text: str, ask_id: str, seconds: float, output: Output
+    settings: Settings, agent: str, text: str, ask_id: str, seconds: float, output: Output, *, stream: bool
 ) -> None:
     from workers import operations, views
     from workflows.messages import AskRequest, TurnOutcome
 
-    address = operations.resolve(agent, operations.known_specs(settings.specs))
+    specs = operations.known_specs(settings.specs)
+    address = operations.resolve(agent, specs)
     client = await operations.connect(settings)
-    with output.working(f"{operations.shown(address)} is thinking ..."):
-        reply = await operations.ask(
-            client,
-            settings,
-            address,
-            AskRequest(text=text, id=ask_id),
-            seconds=seconds,
-            on_wait=output.warning,
-        )
+    request = AskRequest(text=text, id=ask_id or str(uuid4()))
+
+    async def asked() -> Reply:
+        return await operations.ask(client, settings, address, request, seconds=seconds, on_wait=output.warning)
+
+    told = ""
+    if stream:
+        of = next((spec for spec in specs or () if (spec.tenant, spec.name) == address[:2]), None)
+        if of and not of.stream:
+            output.warning(f"The spec of {of.tenant}/{of.name} does not say `stream: true`: its reply comes whole.")
+        reply, told = await _heard(settings, address, request, asked, output)
+    else:
+        with output.working(f"{operations.shown(address)} is thinking ..."):
+            reply = await asked()
     if output.as_json:
-        output.data(reply)
+        (output.data_line if stream else output.data)(reply)
     elif reply.outcome is TurnOutcome.COMPLETED:
-        output.say(views.reply(reply))
+        if not told or told != reply.text:
+            output.say(views.reply(reply))
         output.note(views.reply_cost(reply))
     if reply.outcome is TurnOutcome.FAILED:
         raise CommandError(f"{operations.shown(address)} has no answer: {reply.error}")
+
+
+async def _heard(
+    settings: Settings, address: Address, request: AskRequest, ask: Callable[[], Awaitable[Reply]], output: Output
+) -> tuple[Reply, str]:
+    """The reply to a question, printed as it comes; and what of it is printed, in the end."""
+    from workers.stream import Follower, follow
+    from workflows import names
+    from workflows.events import event_digest
+    from workflows.messages import DeltaKind
+
+    open_line = False
+
+    def print_part(delta: Delta) -> None:
+        nonlocal open_line
+        if output.as_json:
+            output.data_line(delta)
+            return
+        if open_line and (follower.restarted or delta.kind is not DeltaKind.TEXT):
+            output.say()
+            open_line = False
+        if follower.restarted:
+            output.note("The model call was broken off; the answer begins again:")
+        if delta.kind is DeltaKind.TOOL_CALL:
+            output.note(f"calls {delta.text}")
+        elif delta.kind is DeltaKind.TEXT:
+            output.say_on(delta.text)
+            open_line = True
+
+    follower = Follower(names.workflow_id(address), event_digest(request.source, request.id))
+    async with follow(settings, follower, print_part, output.warning) as following:
+        reply = await ask()
+        await following.rest(reply)
+    if open_line:
+        output.say()
+    return reply, follower.text
 
 
 @app.command(epilog=_examples("perennial agents", "perennial agents --tenant store --agent logistics --limit 20"))

@@ -50,6 +50,11 @@ class Output:
         """A line of data for people; long ones are left to the terminal to wrap."""
         self._out.print(_shown(text), soft_wrap=True)
 
+    def say_on(self, text: str) -> None:
+        """More of a line of data, at once."""
+        self._out.print(_shown(text), soft_wrap=True, end="")
+        self._out.file.flush()
+
     def note(self, text: Cell) -> None:
         """A remark that is not data."""
         self._err.print(_shown(text), soft_wrap=True)

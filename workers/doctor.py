@@ -236,7 +236,8 @@ async def _kafka(settings: Settings, specs: list[AgentSpec]) -> list[Check]:
         return [Check(what=what, ok=False, found=found, remedy=remedy.rstrip("."))]
     except CommandError as error:
         return [Check(what=what, ok=False, found=str(error).partition(" Start ")[0], remedy=_DEV)]
-    wanted = {*TOPICS, *(subscription.topic for spec in specs for subscription in spec.subscriptions)}
+    unused = set() if any(spec.stream for spec in specs) else {names.STREAM_TOPIC}
+    wanted = {*TOPICS, *(subscription.topic for spec in specs for subscription in spec.subscriptions)} - unused
     missing = sorted(wanted - known)
     checks = [
         Check(what=what, ok=True, found=settings.kafka_bootstrap),

@@ -50,7 +50,7 @@ from workers.settings import (
 from workers.supervisor import Component, ComponentError, ComponentReport, NotReady, Supervisor
 from workflows import names
 
-TOPICS = (names.EVENTS_TOPIC, names.REPLIES_TOPIC, names.ACTIVITY_TOPIC, names.DEAD_LETTER_TOPIC)
+TOPICS = (names.EVENTS_TOPIC, names.REPLIES_TOPIC, names.ACTIVITY_TOPIC, names.STREAM_TOPIC, names.DEAD_LETTER_TOPIC)
 PARTITIONS = 4
 """Partitions of each topic: as many as the embedded broker gives a topic that somebody mentions before it exists."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from temporalio.client import Client
 from temporalio.worker import Worker
@@ -10,7 +11,9 @@ from temporalio.worker import Worker
 from activities.endpoints import ModelsConfig, ModelsError, Pools, load_models, models_from_environment
 from activities.ledger import Ledger
 from activities.model import Model
-from workers import wiring
+from activities.stream import Put
+from activities.stream_topic import StreamTopic
+from workers import kafka, wiring
 from workers.agent import HEARTBEAT_THROTTLE
 from workers.settings import Settings, environment, provider_environment
 from workflows import names
@@ -38,9 +41,9 @@ def model_pools(config: ModelsConfig) -> Pools:
     return pools
 
 
-def model_worker(client: Client, settings: Settings, ledger: Ledger, pools: Pools) -> Worker:
-    """The worker for the queue of the model calls."""
-    model = Model(ledger, pools)
+def model_worker(client: Client, settings: Settings, ledger: Ledger, pools: Pools, put: Put | None = None) -> Worker:
+    """The worker for the queue of the model calls; `put` takes what models say, for `agents.stream`."""
+    model = Model(ledger, pools, put)
     return Worker(
         client,
         task_queue=names.model_queue(settings.task_queue),
@@ -64,5 +67,11 @@ async def main(settings: Settings, stop: asyncio.Event) -> None:
     client = await wiring.connect_patiently(settings, stop, runtime=runtime)
     if client is None:
         return
-    async with Ledger(settings.ledger_url) as ledger, pools, model_worker(client, settings, ledger, pools):
+    stream = StreamTopic(kafka.reached_by(settings))
+    async with (
+        Ledger(settings.ledger_url) as ledger,
+        pools,
+        contextlib.aclosing(stream),
+        model_worker(client, settings, ledger, pools, stream.put),
+    ):
         await stop.wait()

@@ -190,6 +190,7 @@ class _Reply:
         self._seconds = random.uniform(latency.least, latency.most)  # noqa: S311  # nobody needs to guess it
         self._failure = decision.failure(count.asked)
         self._status = 200
+        self._pause = 0.0
         headers = {"content-type": "application/json"}
         self._parts: list[bytes]
         if self._failure and self._failure.kind == "error":
@@ -200,6 +201,7 @@ class _Reply:
         elif asked.stream:
             headers["content-type"] = "text/event-stream"
             self._parts = [chunk.encode() for chunk in chunks(asked, decision.answer, count.key)]
+            self._pause = self._seconds / len(self._parts)  # the answer as a whole takes as long as any
         else:
             self._parts = [_json(completion(asked, decision.answer, count.key))]
             headers["content-length"] = str(len(self._parts[0]))
@@ -208,18 +210,18 @@ class _Reply:
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
-            await self._wait(gone)
+            hangs = self._failure is not None and self._failure.kind == "hang"
+            await self._wait(gone, None if hangs else self._pause or self._seconds)
             if not gone.done() and not self._stopping.is_set():
                 await self._send(send, gone)
         finally:
             gone.cancel()
 
-    async def _wait(self, gone: asyncio.Future[None]) -> None:
-        """Wait as long as the answer takes, but no longer than somebody wants it."""
-        hangs = self._failure is not None and self._failure.kind == "hang"
+    async def _wait(self, gone: asyncio.Future[None], seconds: float | None) -> None:
+        """Wait as long as the answer takes, or a part of it, but no longer than somebody wants it."""
         stopped = asyncio.ensure_future(self._stopping.wait())
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(None if hangs else self._seconds):
+            async with asyncio.timeout(seconds):
                 await asyncio.wait((gone, stopped), return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
 
@@ -233,6 +235,10 @@ class _Reply:
         *parts, last = self._parts
         for part in parts:
             await send({"type": "http.response.body", "body": part, "more_body": True})
+            if self._pause:
+                await self._wait(gone, self._pause)
+            if gone.done() or self._stopping.is_set():
+                return  # without an end, which is how the connection is broken
         if self._failure is None and not gone.done():
             self._count.answered += 1
         await send({"type": "http.response.body", "body": last})

@@ -199,6 +199,39 @@ class Reply(_Message):
     cost: Cost = Cost()
 
 
+class DeltaKind(StrEnum):
+    """What a part of an answer, told while the model gives it, is."""
+
+    START = "start"
+    """The text begins anew."""
+    TEXT = "text"
+    """More of it."""
+    TOOL_CALL = "tool_call"
+    """A tool is called; the text is its name."""
+    END = "end"
+    """The answer is recorded: the text since the last start is all of it."""
+
+
+class Delta(_Message):
+    """A part of what a model says: the data of a `perennial.stream.v1` event."""
+
+    turn: int
+    step: int
+    attempt: int
+    """Which try of the call, from 1. What is of a lower one than was seen is to be dropped."""
+    sequence: int
+    """Within the attempt, from 0; a gap says that parts are missing, which a `start` that follows makes good."""
+    kind: DeltaKind
+    text: str = ""
+    answers: list[EventReference] = Field(default_factory=list)
+    """Of a start: the events that were new in this step."""
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """Where it belongs; parts of one agent come in growing order, but for those that are void."""
+        return self.turn, self.step, self.attempt, self.sequence
+
+
 class AskRequest(_Message):
     """A question from a person who waits for the answer: the argument of the `ask` update."""
 

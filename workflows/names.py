@@ -35,10 +35,12 @@ GONE_ON = "GoneOn"
 EVENTS_TOPIC = "agents.events"
 REPLIES_TOPIC = "agents.replies"
 ACTIVITY_TOPIC = "agents.activity"
+STREAM_TOPIC = "agents.stream"
 DEAD_LETTER_TOPIC = "agents.events.dlq"
 
 # Types of the events that Perennial itself produces.
 REPLY_TYPE = "perennial.reply.v1"
+STREAM_TYPE = "perennial.stream.v1"
 TURN_COMPLETED_TYPE = "perennial.turn.completed.v1"
 TURN_FAILED_TYPE = "perennial.turn.failed.v1"
 DUPLICATE_TYPE = "perennial.event.duplicate.v1"
@@ -117,6 +119,11 @@ def reply_id(agent: str, turn: int, number: int) -> str:
 def lifecycle_id(agent: str, turn: int, what: str) -> str:
     """The id of a lifecycle event; the same event, published again on a retry, has the same id."""
     return f"{agent}/{turn}/{what}"
+
+
+def delta_id(agent: str, turn: int, step: int, attempt: int, sequence: int) -> str:
+    """The id of a part of what a model said, as it said it."""
+    return f"{agent}/{turn}/{step}/{attempt}/{sequence}"
 
 
 def call_key(agent: str, turn: int, step: int, call: int | None = None) -> str:

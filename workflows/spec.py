@@ -315,6 +315,8 @@ class AgentSpec(_Strict):
     """What it may keep and be reminded of, beyond its conversation; `memory: {}` is the usual. None: nothing."""
     reply: ReplySpec | None = None
     """What its answers have to look like. None: they are text."""
+    stream: bool = False
+    """Whether what the model says is told on `agents.stream` as it says it."""
     order: Literal["relaxed", "strict"] = "relaxed"
     """What becomes of later events when one that may have been for the agent was dead-lettered: they are taken, or they
     wait (`strict`) until it is redriven or dropped. Whose a record was that can't be read, only its key says: with
@@ -380,6 +382,7 @@ class ResolvedSpec(_Carried):
     context: ContextSpec = ContextSpec()
     memory: MemorySpec | None = None
     reply: ReplyForm | None = None
+    stream: bool = False
     hibernate_after: timedelta | None = None
 
     def control(self, digest: str) -> ControlSpec:

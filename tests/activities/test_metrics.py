@@ -40,6 +40,7 @@ GOLDEN = {
     "perennial_model_call_seconds": ("pool", "model"),
     "perennial_compactions_total": ("outcome",),
     "perennial_reply_repairs_total": ("outcome",),
+    "perennial_stream_records_total": ("outcome",),
     "perennial_tokens_total": ("pool", "model", "direction"),
     "perennial_spend_usd_total": ("agent", "pool"),
     "perennial_budget_refusals_total": ("agent", "scope", "measure"),
@@ -118,6 +119,7 @@ X = uuid.uuid4().hex
         (lambda: metrics.reply(X), "perennial_replies_total", {"agent": X}, 1),
         (lambda: metrics.tool_call(X, "ok", 2), "perennial_tool_calls_total", {"tool": X, "outcome": "ok"}, 1),
         (lambda: metrics.tool_call(X, "ok", 2), "perennial_tool_call_seconds_sum", {"tool": X}, 2),
+        (lambda: metrics.delta(X), "perennial_stream_records_total", {"outcome": X}, 1),
         (lambda: metrics.reply_repair(X), "perennial_reply_repairs_total", {"outcome": X}, 1),
         (
             lambda: metrics.model_call(X, "m", "ok", 2),

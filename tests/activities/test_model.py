@@ -37,10 +37,12 @@ from activities.memory import Call, Memory
 from activities.model import Model, new_messages, render
 from activities.prices import Price
 from activities.spend import Account, Spending
+from workers import rehearsal
+from workers.rehearsal_rules import Rules
 from workflows import names, repair
 from workflows.budget import Cost, Limit, Measure, Spent
-from workflows.events import Event, EventReference
-from workflows.messages import Decision, ThinkRequest, ToolCall, ToolOutcome, ToolResult, Usage
+from workflows.events import Event, EventReference, Outgoing
+from workflows.messages import Decision, Delta, ThinkRequest, ToolCall, ToolOutcome, ToolResult, Usage
 from workflows.spec import BudgetSpec, ContextSpec, MemorySpec, ReplyForm, ResolvedSpec, Scope, ToolDefinition
 
 AGENT = "agent/store/logistics/order-42"
@@ -577,3 +579,73 @@ async def test_an_agent_without_a_schema_is_told_of_none(tmp_path: Path) -> None
         decided = await agent.think(SHIPPED)
     assert (decided.text, decided.data, decided.faults) == ('{"n": 1}', None, [])
     assert agent.server.requests[0]["messages"][0]["content"] == "Ship things."
+
+
+# Streaming -----------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def streaming(folder: Path, *, stream: bool = True) -> AsyncIterator[tuple[World, list[Outgoing]]]:
+    """An agent whose model is the rehearsal endpoint, and what is told of what it says."""
+    told: list[Outgoing] = []
+    async with rehearsal.serving(Rules()) as url, Ledger(f"sqlite:///{folder}/ledger.db") as ledger:
+        spec = ResolvedSpec(name="logistics", tenant="store", instructions="Ship.", stream=stream)
+        pool = PoolConfig(model="openai-chat:rehearsal", base_url=url)
+        cut = PoolConfig(model="openai-chat:rehearsal", base_url=url.replace("/v1", "/none"))
+        config = ModelsConfig(pools={"away": cut, "only": pool})
+        async with Pools(config, {}) as pools:
+            model = Model(ledger, pools, told.append)
+            yield World(ledger, model, Server(), await ledger.put_spec(spec)), told
+
+
+def asking(text: str) -> Event:
+    return Event(id="q-1", source="perennial/ask", type=names.ASK_TYPE, data={"text": text})
+
+
+def told_parts(told: list[Outgoing]) -> list[tuple[int, str, str]]:
+    found = [Delta.model_validate(one.data) for one in told]
+    return [(delta.attempt, delta.kind.value, delta.text) for delta in found]
+
+
+def attempt(number: int) -> ActivityEnvironment:
+    surroundings = ActivityEnvironment()
+    surroundings.info = replace(surroundings.info, attempt=number)
+    return surroundings
+
+
+async def test_what_a_model_says_is_told_as_it_says_it(tmp_path: Path) -> None:
+    """Each request to a pool begins anew; in the end it is what the entry says. A call found recorded is told whole."""
+    async with streaming(tmp_path) as (agent, told):
+        decided = await agent.think(asking("[[say It is late.]]"))
+        assert decided.text == "It is late."
+        assert decided.usage.output_tokens
+        first = told_parts(told)
+        assert [kind for _, kind, _ in first] == ["start", "start", "text", "end"], "the first pool is away"
+        assert "".join(text for _, _, text in first) == "It is late."
+        start = Delta.model_validate(told[1].data)
+        assert (start.turn, start.step, [one.id for one in start.answers]) == (1, 1, ["q-1"])
+        told.clear()
+        again = await agent.think(asking("[[say It is late.]]"), surroundings=attempt(2))
+    assert again == decided
+    assert told_parts(told) == [(2, "start", ""), (2, "text", "It is late."), (2, "end", "")]
+
+
+async def test_a_call_that_breaks_off_is_told_anew(tmp_path: Path) -> None:
+    """P6: the next try has a higher number, and begins with a start; nothing of the first follows it."""
+    async with streaming(tmp_path) as (agent, told):
+        question = asking("[[cut times=1]] [[say one two three four five]]")
+        with pytest.raises(ApplicationError, match="No pool"):
+            await agent.think(question)
+        assert {kind for _, kind, _ in told_parts(told)} == {"start"}
+        await agent.think(question, surroundings=attempt(2))
+    retried = [part for part in told_parts(told) if part[0] == 2]
+    assert retried[0] == (2, "start", "")
+    assert "".join(text for _, _, text in retried) == "one two three four five"
+    assert retried[-1] == (2, "end", "")
+
+
+async def test_agents_that_do_not_ask_for_it_are_not_streamed(tmp_path: Path) -> None:
+    """`stream: true` is opt-in."""
+    async with streaming(tmp_path, stream=False) as (agent, told):
+        assert (await agent.think(asking("[[say Hello.]]"))).text == "Hello."
+    assert told == []

@@ -219,6 +219,17 @@ async def test_what_is_cut_breaks_off(stream: bool) -> None:
         assert await counted(url) == {"k": (2, 1)}
 
 
+async def test_a_stream_comes_as_slowly_as_it_is_asked_to() -> None:
+    """The answer as a whole takes its latency, and some of it is there before; who leaves in between got no answer."""
+    asked = body("[[latency 30]] [[say one two three]]", stream=True)
+    async with serving(Rules()) as url, client(url) as http:
+        async with http.stream("POST", "/v1/chat/completions", json=asked, headers={"Idempotency-Key": "k"}) as answer:
+            first = await anext(answer.aiter_bytes())
+        assert b"chat.completion.chunk" in first
+        assert b"three" not in first
+        assert await counted(url) == {"k": (1, 0)}
+
+
 CALLED = {
     "role": "assistant",
     "tool_calls": [{"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}],

@@ -15,6 +15,8 @@ ADDRESSES = st.builds(Address, PARTS, PARTS, PARTS)
 
 GOLDEN = {
     "WORKFLOW_TYPE": "AgentWorkflow",
+    "STREAM_TOPIC": "agents.stream",
+    "STREAM_TYPE": "perennial.stream.v1",
     "MOVING": "Moving",
     "REFUSED": "Refused",
     "GONE_ON": "GoneOn",
@@ -99,6 +101,7 @@ def test_ids_of_what_an_agent_produces_never_change() -> None:
     assert names.lifecycle_id(agent, 3, "paused-1") == "agent/acme/logistics/order-42/3/paused-1"
     assert names.call_key(agent, 3, 2) == "agent/acme/logistics/order-42/3/2"
     assert names.call_key(agent, 3, 2, 0) == "agent/acme/logistics/order-42/3/2/0"
+    assert names.delta_id(agent, 3, 2, 1, 7) == "agent/acme/logistics/order-42/3/2/1/7"
     assert names.model_queue("perennial") == "perennial.models"
 
 
