@@ -21,7 +21,7 @@ from activities.ledger import Ledger
 from activities.spend import Spending
 from workflows import names, repair
 from workflows.interface import LedgerActivities
-from workflows.messages import Reply, ReplyRequest, RewindRecord, Rewound, TurnOutcome, Usage
+from workflows.messages import Approval, Reply, ReplyRequest, RewindRecord, Rewound, TurnOutcome, Usage
 from workflows.state import AgentState, Snapshot
 
 _CALLS_TOLD = 50
@@ -70,6 +70,11 @@ class AgentLedger(LedgerActivities):
         spec = await self._ledger.get_spec(digest) if digest else None
         reply = reply_of(entries, Form(spec.reply.json_schema) if spec and spec.reply else None)
         return reply.model_copy(update={"cost": await self._spending.cost([one.id for one in entries])})
+
+    @override
+    @activity.defn(name="record_approval")
+    async def record_approval(self, approval: Approval) -> None:
+        await self._ledger.put_approval(approval)
 
     @override
     @activity.defn(name="record_rewind")

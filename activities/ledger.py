@@ -61,7 +61,7 @@ from typing_extensions import override
 from activities.entries import AssistantMessage, Entry, MemoryMessage, Message, ToolMessage, canonical
 from workflows.errors import Remedy, activity_error
 from workflows.events import DIGEST_CHARACTERS
-from workflows.messages import Rewound
+from workflows.messages import Approval, Rewound
 from workflows.spec import ListedTool, ResolvedSpec
 from workflows.state import Snapshot
 
@@ -216,6 +216,17 @@ _rewinds = Table(
     UniqueConstraint("workflow_id", "request", "turn"),
     Index("rewinds_of", "workflow_id", "number"),
     Index("rewinds_to", "head"),
+)
+
+# What was decided about tool calls that waited for it.
+_approvals = Table(
+    "approvals",
+    _metadata,
+    Column("call", String, primary_key=True),
+    Column("workflow_id", String, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("decided_at", String, nullable=False),
+    Index("approvals_of", "workflow_id", "decided_at"),
 )
 
 _KEYS = {
@@ -695,6 +706,24 @@ class Ledger:
         )
         body = await self._read(lambda connection: connection.execute(query).scalar_one_or_none())
         return Snapshot.model_validate_json(body) if body is not None else None
+
+    async def put_approval(self, approval: Approval) -> None:
+        """Record what was decided about a call. The first decision about it counts."""
+        insertion = self._insert_new(_approvals).values(
+            call=approval.call,
+            workflow_id=approval.workflow_id,
+            body=canonical(approval),
+            decided_at=approval.decided_at.astimezone(UTC).isoformat(),
+        )
+        await self._write(lambda connection: connection.execute(insertion))
+
+    async def approvals(self, workflow_id: str | None, *, limit: int) -> list[Approval]:
+        """What was decided about calls of an agent, or of all, the newest first, at most `limit`."""
+        query = select(_approvals.c.body).order_by(_approvals.c.decided_at.desc()).limit(limit)
+        if workflow_id is not None:
+            query = query.where(_approvals.c.workflow_id == workflow_id)
+        rows = await self._read(lambda connection: list(connection.execute(query).scalars()))
+        return [Approval.model_validate_json(body) for body in rows]
 
     async def begin_call(self, workflow_id: str, turn: int, step: int) -> bool:
         """Note that a model call is about to be made; False, and it is not to be, if its step is recorded by now."""

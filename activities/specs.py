@@ -145,6 +145,7 @@ def _remote_definition(server: McpSpec, tool: ListedTool) -> ToolDefinition:
         timeout=timedelta(seconds=server.timeout_seconds),
         repeatable=tool.repeatable if server.repeatable is None else server.repeatable,
         attempts=server.attempts,
+        approval=server.approval.policy if server.approval else None,
     )
 
 
@@ -325,6 +326,7 @@ def load_agent(path: Path) -> Agent:
             continue
         try:
             tool = load_tool(tool_spec.python, beside=path.parent)
+            definition = define(tool_spec, tool)
         except ToolError as error:
             faults.append(f"{place}: {error}")
             continue
@@ -332,7 +334,7 @@ def load_agent(path: Path) -> Agent:
             faults.append(f"{place}: a tool named {tool.name} is there already; tools of one agent need own names")
             continue
         agent.tools[tool.name] = tool
-        agent.definitions.append(define(tool_spec, tool))
+        agent.definitions.append(definition)
     faults += [f"{document.place('memory')}: {fault}" for fault in _add_memory(agent)]
     if spec.reply:
         try:

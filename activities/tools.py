@@ -43,7 +43,7 @@ from activities.results import Results
 from workflows import names
 from workflows.errors import NOT_RUN, Remedy, activity_error
 from workflows.interface import ToolActivities
-from workflows.messages import ToolOutcome, ToolRequest, ToolResult
+from workflows.messages import ResultToKeep, ToolOutcome, ToolRequest, ToolResult
 from workflows.spec import McpServer, McpTool, ToolDefinition, ToolSpec
 
 _NO_RUN_CONTEXT = cast("RunContext[None]", None)  # our tools take none: `takes_ctx=False`
@@ -117,8 +117,19 @@ def _kind(error: Exception) -> str:
 
 
 def define(spec: ToolSpec, tool: Tool[None]) -> ToolDefinition:
-    """The tool as the model is told of it."""
+    """The tool as the model is told of it.
+
+    Raises:
+        ToolError: its approval policy is about an argument that it does not have.
+    """
     definition = tool.tool_def
+    known = definition.parameters_json_schema.get("properties", {})
+    for path in spec.approval.paths if spec.approval else ():
+        if path.partition(".")[0] not in known:
+            raise ToolError(
+                f"tool {spec.python}: its approval has a rule about {path}, and it has no such argument; "
+                f"it has: {', '.join(known) or 'none'}"
+            )
     return ToolDefinition(
         name=definition.name,
         description=definition.description or "",
@@ -127,6 +138,8 @@ def define(spec: ToolSpec, tool: Tool[None]) -> ToolDefinition:
         timeout=timedelta(seconds=spec.timeout_seconds),
         repeatable=spec.repeatable,
         attempts=spec.attempts,
+        approval=spec.approval.policy if spec.approval else None,
+        answer_within=timedelta(seconds=spec.answer_within_seconds) if spec.answers == "later" else None,
     )
 
 
@@ -169,6 +182,11 @@ class Tools(ToolActivities):
         finally:
             metrics.tool_call(request.call.name, outcome.value if outcome else "broke", time.monotonic() - started)
         return ToolResult(call_id=request.call.id, name=request.call.name, content=content, outcome=outcome)
+
+    @override
+    @activity.defn(name="keep_result")
+    async def keep_result(self, result: ResultToKeep) -> str:
+        return await self._results.fit(result.workflow_id, storable(result.content), result.result_bytes)
 
     async def _run(self, request: ToolRequest) -> _Shown:
         name = request.call.name

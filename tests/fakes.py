@@ -32,11 +32,13 @@ from workflows.interface import (
     ToolActivities,
 )
 from workflows.messages import (
+    Approval,
     CompactRequest,
     Decision,
     PublishRequest,
     Reply,
     ReplyRequest,
+    ResultToKeep,
     RewindRecord,
     Rewound,
     SpecRequest,
@@ -79,7 +81,7 @@ class World(BudgetActivities, ModelActivities, ToolActivities, LedgerActivities,
 
     think_with: Callable[[ThinkRequest], Decision | Awaitable[Decision]] = echo
     compact_with: Callable[[CompactRequest], Decision] = sum_up
-    tool: Callable[[ToolRequest], ToolResult] | None = None
+    tool: Callable[[ToolRequest], ToolResult | Awaitable[ToolResult]] | None = None
     spec: ControlSpec = field(default_factory=lambda: ControlSpec(digest="spec-1"))
     publish_with: Callable[[PublishRequest], Awaitable[None]] | None = None
     before_snapshot: Callable[[], Awaitable[None]] | None = None
@@ -89,6 +91,8 @@ class World(BudgetActivities, ModelActivities, ToolActivities, LedgerActivities,
     tool_requests: list[ToolRequest] = field(default_factory=list)
     published: list[Outgoing] = field(default_factory=list)
     snapshots: dict[str, AgentState] = field(default_factory=dict)
+    kept_results: list[ResultToKeep] = field(default_factory=list)
+    approvals: list[Approval] = field(default_factory=list)
     recalled: list[ReplyRequest] = field(default_factory=list)
     rewinds: list[RewindRecord] = field(default_factory=list)
     lifts: list[LiftRecord] = field(default_factory=list)
@@ -121,7 +125,19 @@ class World(BudgetActivities, ModelActivities, ToolActivities, LedgerActivities,
     async def run_tool(self, request: ToolRequest) -> ToolResult:
         self.tool_requests.append(request)
         assert self.tool is not None
-        return self.tool(request)
+        result = self.tool(request)
+        return result if isinstance(result, ToolResult) else await result
+
+    @override
+    @activity.defn(name="keep_result")
+    async def keep_result(self, result: ResultToKeep) -> str:
+        self.kept_results.append(result)
+        return result.content
+
+    @override
+    @activity.defn(name="record_approval")
+    async def record_approval(self, approval: Approval) -> None:
+        self.approvals.append(approval)
 
     @override
     @activity.defn(name="wake")
@@ -208,6 +224,8 @@ class World(BudgetActivities, ModelActivities, ToolActivities, LedgerActivities,
                         self.find_reply,
                         self.record_rewind,
                         self.record_lift,
+                        self.record_approval,
+                        self.keep_result,
                         self.load_spec,
                         self.publish,
                     ],

@@ -89,8 +89,8 @@ async def test_the_workers_serve_all_activities_and_no_others(temporal_server: T
 
 def test_the_names_of_activities_never_change() -> None:
     """They stand in every history."""
-    ledger = {"wake", "keep_snapshot", "find_reply", "record_rewind"}
-    assert interface_names() == {"think", "compact", "run_tool", "load_spec", "publish", "record_lift", *ledger}
+    ledger = {"wake", "keep_snapshot", "find_reply", "record_rewind", "record_approval", "record_lift"}
+    assert interface_names() == {"think", "compact", "run_tool", "keep_result", "load_spec", "publish", *ledger}
 
 
 def test_the_interface_is_abstract() -> None:
@@ -110,7 +110,7 @@ def test_only_the_agent_and_its_parts_speak_temporal_s_workflow_api() -> None:
         for file, tree in modules("workflows")
         if any(name.startswith("temporalio.workflow") for name in imported(tree))
     ]
-    assert set(users) == {"workflows/agent.py", "workflows/life.py", "workflows/over_budget.py", "workflows/turn.py"}
+    assert set(users) == {f"workflows/{part}.py" for part in ("acting", "agent", "life", "over_budget", "turn")}
 
 
 def test_only_settings_touch_the_environment() -> None:

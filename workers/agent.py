@@ -51,6 +51,7 @@ def agent_worker(  # noqa: PLR0913, PLR0917  # what it is wired from
 ) -> Worker:
     """The worker for the agents' task queue: workflows, tools, ledger, specs, publish."""
     state = AgentLedger(ledger)
+    tools = Tools(specs.tool, settings.state_dir / "tools", ledger, servers, Memory(ledger))
     return Worker(
         client,
         task_queue=settings.task_queue,
@@ -62,7 +63,9 @@ def agent_worker(  # noqa: PLR0913, PLR0917  # what it is wired from
             state.record_rewind,
             Budgets(Spending(ledger)).record_lift,
             Specs(specs, ledger, servers).load_spec,
-            Tools(specs.tool, settings.state_dir / "tools", ledger, servers, Memory(ledger)).run_tool,
+            state.record_approval,
+            tools.run_tool,
+            tools.keep_result,
             publisher.publish,
         ],
         workflow_runner=wiring.workflow_runner(),

@@ -22,16 +22,20 @@ from temporalio.exceptions import ActivityError, ApplicationError, is_cancelled_
 with workflow.unsafe.imports_passed_through():
     from workflows import interface, names
     from workflows.budget import Lifted, LiftRequest
+    from workflows.calls import CallError
     from workflows.events import Delivery, Event
     from workflows.life import STATE_ATTRIBUTE, Life
     from workflows.messages import (
         AskRequest,
+        CompleteRequest,
+        DecideRequest,
         Intervention,
         Reply,
         ReplyRequest,
         RewindRecord,
         RewindRequest,
         Rewound,
+        Settlement,
         Status,
     )
     from workflows.state import AgentInput, AgentState, Snapshot
@@ -159,6 +163,24 @@ class AgentWorkflow:
         self._state.stopping = intervention
         self._life.announce(names.AGENT_STOPPED_TYPE, intervention)
         return self.status()
+
+    @workflow.update(name=names.DECIDE)
+    async def decide(self, request: DecideRequest) -> Settlement:
+        """Decide about a tool call that waits for it. The same decision again has no further effect."""
+        await self._found()
+        try:
+            return self._life.decide(request, by="")
+        except CallError as error:
+            raise ApplicationError(str(error), type=error.kind) from error
+
+    @workflow.update(name=names.COMPLETE)
+    async def complete(self, request: CompleteRequest) -> Settlement:
+        """Answer a tool call whose answer comes from outside. The same answer again has no further effect."""
+        await self._found()
+        try:
+            return self._life.complete(request, by="")
+        except CallError as error:
+            raise ApplicationError(str(error), type=error.kind) from error
 
     @workflow.update(name=names.REWIND)
     async def rewind(self, request: RewindRequest) -> Rewound:

@@ -16,11 +16,13 @@ from typing_extensions import TypedDict
 
 from workflows.budget import Lifted, LiftRecord
 from workflows.messages import (
+    Approval,
     CompactRequest,
     Decision,
     PublishRequest,
     Reply,
     ReplyRequest,
+    ResultToKeep,
     RewindRecord,
     Rewound,
     SpecRequest,
@@ -115,6 +117,11 @@ class ToolActivities(ABC):
     async def run_tool(self, request: ToolRequest) -> ToolResult:
         """Run one tool call. What the tool refuses is a result; what breaks is raised, and tried again if it may be."""
 
+    @activity.defn(name="keep_result")
+    @abstractmethod
+    async def keep_result(self, result: ResultToKeep) -> str:
+        """Keep an answer from outside; as much of it as the model is shown, and how it reads on."""
+
 
 class LedgerActivities(ABC):
     """The agent's control state in the ledger; served by the agent worker."""
@@ -133,6 +140,11 @@ class LedgerActivities(ABC):
     @abstractmethod
     async def find_reply(self, request: ReplyRequest) -> Reply | None:
         """The reply of a turn that has ended, rebuilt from its entries."""
+
+    @activity.defn(name="record_approval")
+    @abstractmethod
+    async def record_approval(self, approval: Approval) -> None:
+        """Record what was decided about a call. Idempotent on the call's id: the first decision counts."""
 
     @activity.defn(name="record_rewind")
     @abstractmethod

@@ -18,13 +18,27 @@ from temporalio.types import MethodAsyncSingleParam
 with workflow.unsafe.imports_passed_through():
     from workflows import interface, names
     from workflows.budget import Cost, usd
+    from workflows.calls import Waiting, settle
     from workflows.errors import failure_message
     from workflows.events import Event, Outgoing
-    from workflows.messages import Intervention, PublishRequest, Reply, Rewound, SpecRequest
+    from workflows.messages import (
+        CompleteRequest,
+        DecideRequest,
+        Intervention,
+        Missed,
+        PublishRequest,
+        Reply,
+        Rewound,
+        Settlement,
+        SpecRequest,
+        Waits,
+    )
     from workflows.spec import ControlSpec
     from workflows.state import AgentInput, AgentState
 
 STATE_ATTRIBUTE = SearchAttributeKey.for_keyword(names.STATE_ATTRIBUTE)
+_ABOUT_CALLS = (names.DECIDE_TYPE, names.COMPLETE_TYPE)
+_FAULT_CHARACTERS = 500
 _DEFAULT_HORIZON = 2000  # ids remembered before the spec is known
 _Request = TypeVar("_Request")
 _Result = TypeVar("_Result")
@@ -59,6 +73,72 @@ class Life:
                     f"duplicate-{number}-{event.digest}",
                     {"source": event.source, "id": event.id, "type": event.type},
                 )
+        for event in self.state.mailbox.pick(_ABOUT_CALLS, self.state.turn):
+            self._heed(event)
+
+    # Calls that wait -------------------------------------------------------------------------------------------------
+
+    def decide(self, request: DecideRequest, by: str) -> Settlement:
+        """Take a decision about a call that waits for one.
+
+        Raises:
+            CallError: none waits under this id, or it is decided otherwise.
+        """
+        settlement = Settlement(
+            call=request.call,
+            waits_for=Waits.APPROVAL,
+            approved=request.approve,
+            by=request.by or by,
+            why=request.why,
+            at=workflow.now(),
+        )
+        return self._settle(settlement)
+
+    def complete(self, request: CompleteRequest, by: str) -> Settlement:
+        """Take the answer to a call that waits for one.
+
+        Raises:
+            CallError: none waits under this id, or it has another answer.
+        """
+        settlement = Settlement(call=request.call, waits_for=Waits.ANSWER, by=request.by or by, at=workflow.now())
+        return self._settle(settlement, request)
+
+    def _settle(self, wanted: Settlement, answer: CompleteRequest | None = None) -> Settlement:
+        waiting = settle(self.state.acting, self.state.settled, wanted)
+        if waiting is not None:
+            if answer:
+                waiting.content, waiting.failed = answer.content, answer.failed
+            self.note_settled(waiting, wanted)
+        return wanted
+
+    def note_settled(self, waiting: Waiting, settlement: Settlement) -> None:
+        """Remember, and tell, what a call has come to."""
+        waiting.settlement = settlement
+        self.state.settle(waiting, settlement)
+        is_approval = settlement.waits_for is Waits.APPROVAL
+        kind = names.APPROVAL_DECIDED_TYPE if is_approval else names.TOOL_COMPLETED_TYPE
+        told = {**waiting.report.model_dump(mode="json"), **settlement.model_dump(mode="json")}
+        _, _, step, number = names.parse_call_key(waiting.call)
+        self.say(kind, f"call-{step}-{number}-{'decided' if is_approval else 'completed'}", told)
+
+    def _heed(self, event: Event) -> None:
+        """Take a decision or an answer that came as an event; what can't be taken is told, and not lost in silence."""
+        try:
+            if event.type == names.DECIDE_TYPE:
+                self.decide(DecideRequest.model_validate(event.data), by=event.source)
+            else:
+                self.complete(CompleteRequest.model_validate(event.data), by=event.source)
+        except ValueError as error:  # pydantic's and ours
+            why = " ".join(str(error).split())[:_FAULT_CHARACTERS]
+            call = str(event.data.get("call", "")) if isinstance(event.data, dict) else ""
+            self.state.note(workflow.now(), f"{event.type} {event.id} could not be taken: {why}")
+            missed = Missed(call=call[:_FAULT_CHARACTERS], why=why, by=event.source)
+            self.say(names.CALL_MISSED_TYPE, f"missed-{event.digest}", missed.model_dump(mode="json"))
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is mail to sort, or something to publish."""
+        return bool(self.inbox or self.state.outbox)
 
     async def newest_spec(self) -> ControlSpec:
         """The agent's spec as it is now; a turn keeps the one that it began with."""
@@ -88,9 +168,14 @@ class Life:
                 raise
         return await workflow.execute_activity_method(method, request, summary=summary, **interface.LEDGER)
 
+    @property
+    def continue_as_new_is_due(self) -> bool:
+        """Whether the history has grown long, and nobody waits for an update of this run."""
+        return workflow.info().is_continue_as_new_suggested() and workflow.all_handlers_finished()
+
     def continue_as_new_if_due(self) -> None:
         """Go on in a new run, before the history grows long. Mail that has arrived goes along."""
-        if workflow.info().is_continue_as_new_suggested() and workflow.all_handlers_finished():
+        if self.continue_as_new_is_due:
             self.sort_mail()
             if not self.state.fits:
                 return  # once there is less mail; until then ingest holds back what would make this run too long
@@ -136,7 +221,8 @@ class Life:
         why = f": {intervention.reason}" if intervention.reason else ""
         self.state.note(workflow.now(), f"{verb} by {intervention.by or 'somebody'}{why}")
         self.say(kind, f"{verb}-{workflow.uuid4()}", intervention.model_dump(mode="json"))
-        active = names.OVER_BUDGET if self.state.is_over_budget else "active"
+        active = "waiting" if self.state.open_calls else "active"
+        active = names.OVER_BUDGET if self.state.is_over_budget else active
         word = active if kind == names.AGENT_RESUMED_TYPE else verb
         workflow.upsert_search_attributes([STATE_ATTRIBUTE.value_set(word)])
 

@@ -135,6 +135,14 @@ class Mailbox(BaseModel):
         """The turn that took an event, 0 while it waits, None when it was never seen or is forgotten."""
         return self.seen.get(digest)
 
+    def pick(self, types: Container[str], turn: int) -> list[Event]:
+        """Take the waiting events of these types out of their order, also from behind a hold."""
+        picked = [event for event in self.waiting if event.type in types]
+        if picked:
+            self.drop({event.digest for event in picked})
+            self.seen.update({event.digest: turn or _LIFTED for event in picked})
+        return picked
+
     def drop(self, digests: Container[str]) -> None:
         """Let these no longer wait."""
         self.waiting = [event for event in self.waiting if event.digest not in digests]

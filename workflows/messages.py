@@ -147,6 +147,98 @@ class SpecRequest(_Message):
     known_digest: str = ""
 
 
+class Waits(StrEnum):
+    """What an open call waits for."""
+
+    APPROVAL = "approval"
+    """A human's decision; it is not made before."""
+    ANSWER = "answer"
+    """The answer from outside; it is made."""
+
+
+class OpenCall(_Message):
+    """A tool call that waits for people, or for an answer from outside."""
+
+    call: str
+    """Its id, which is its idempotency key."""
+    tool: str
+    arguments: str
+    """JSON text, shortened if it is long."""
+    waits_for: Waits
+    since: datetime
+    expires: datetime | None = None
+    """When it waits no longer."""
+
+
+class DecideRequest(_Message):
+    """A human's decision about a call: what the `decide` update and a `perennial.approval.decide.v1` event carry."""
+
+    call: str = Field(min_length=1)
+    """The call's id."""
+    approve: bool
+    by: str = ""
+    why: str = ""
+
+
+class CompleteRequest(_Message):
+    """An answer from outside to a call: what the `complete` update and a `perennial.tool.complete.v1` event carry."""
+
+    call: str = Field(min_length=1)
+    """The call's id."""
+    content: str
+    """What the model is shown."""
+    failed: bool = False
+    """Whether it says what went wrong."""
+    by: str = ""
+
+
+class Settlement(_Message):
+    """What an open call came to: what the updates return, and part of the lifecycle events' data."""
+
+    call: str
+    waits_for: Waits
+    approved: bool | None = None
+    """None of an answer."""
+    by: str = ""
+    why: str = ""
+    at: datetime
+
+
+class Missed(_Message):
+    """The data of the lifecycle events of a call whose outcome is unknown, and of words for one that is not open."""
+
+    call: str
+    why: str
+    tool: str = ""
+    arguments: str = ""
+    """JSON text, shortened if it is long."""
+    by: str = ""
+
+
+class Approval(_Message):
+    """A decision as it is kept in the ledger."""
+
+    workflow_id: str
+    turn: int
+    call: str
+    tool: str
+    arguments: str
+    """JSON text, as the model wrote it."""
+    approved: bool
+    by: str
+    why: str
+    asked_at: datetime
+    decided_at: datetime
+
+
+class ResultToKeep(_Message):
+    """An answer from outside, to be kept whole and shortened for the model."""
+
+    workflow_id: str
+    content: str
+    result_bytes: int
+
+
 class TurnOutcome(StrEnum):
     """How a turn ended."""
 
@@ -331,7 +423,7 @@ class Status(_Message):
     doing: str
     """What the agent does now, in words."""
     state: str
-    """idle, working, over budget, paused, held or stopping."""
+    """idle, working, waiting, over budget, paused, held or stopping."""
     turn: int
     head: str | None
     waiting: int
@@ -352,3 +444,5 @@ class Status(_Message):
     """The limit of the budget that the turn in progress waits for."""
     spec_digest: str
     recent: list[RecentItem]
+    open_calls: list[OpenCall] = Field(default_factory=list)
+    """Tool calls that wait for people, or for an answer from outside."""

@@ -21,6 +21,8 @@ REWIND = "rewind"
 FORK = "fork"
 LIFT_BUDGET = "lift_budget"
 CHECK_BUDGET = "check_budget"
+DECIDE = "decide"
+COMPLETE = "complete"
 STATUS = "status"
 
 # Types of the errors with which updates are refused.
@@ -30,6 +32,11 @@ REFUSED = "Refused"
 """Of a rewind or fork that can't be: there is no such entry, or the agent has lived already."""
 GONE_ON = "GoneOn"
 """Of a rewind of an agent whose head is no more the one that was to be left."""
+
+NOT_OPEN = "NotOpen"
+"""Of a decision or an answer for a call that waits for none."""
+SETTLED = "Settled"
+"""Of a decision or an answer for a call that has another one."""
 
 # Topics (DESIGN.md, "Contracts that outlive a release").
 EVENTS_TOPIC = "agents.events"
@@ -52,6 +59,17 @@ AGENT_FORKED_TYPE = "perennial.agent.forked.v1"
 BUDGET_EXCEEDED_TYPE = "perennial.budget.exceeded.v1"
 BUDGET_LIFTED_TYPE = "perennial.budget.lifted.v1"
 ASK_TYPE = "perennial.ask.v1"
+APPROVAL_REQUESTED_TYPE = "perennial.approval.requested.v1"
+APPROVAL_REMINDER_TYPE = "perennial.approval.reminder.v1"
+APPROVAL_DECIDED_TYPE = "perennial.approval.decided.v1"
+TOOL_WAITING_TYPE = "perennial.tool.waiting.v1"
+TOOL_COMPLETED_TYPE = "perennial.tool.completed.v1"
+TOOL_UNKNOWN_TYPE = "perennial.tool.unknown.v1"
+CALL_MISSED_TYPE = "perennial.call.missed.v1"
+
+# Types of the events by which people and systems decide about calls and answer them, as the updates do.
+DECIDE_TYPE = "perennial.approval.decide.v1"
+COMPLETE_TYPE = "perennial.tool.complete.v1"
 
 # Types and source of the events by which ingest and `perennial dlq` keep an agent's order (see `events.hold`).
 HOLD_TYPE = "perennial.hold.v1"
@@ -133,6 +151,21 @@ def call_key(agent: str, turn: int, step: int, call: int | None = None) -> str:
     """
     key = f"{agent}/{turn}/{step}"
     return key if call is None else f"{key}/{call}"
+
+
+def parse_call_key(text: str) -> tuple[str, int, int, int]:
+    """The workflow id, turn, step and number in a tool call's key; the inverse of `call_key`.
+
+    Raises:
+        ValueError: the text is no tool call's key.
+    """
+    parts = text.split("/")
+    agent, numbers = "/".join(parts[:-3]), parts[-3:]
+    if not all(number.isascii() and number.isdecimal() for number in numbers):
+        raise ValueError(f"{text!r} is no call's id; expected agent/TENANT/AGENT/KEY/TURN/STEP/NUMBER")
+    parse_workflow_id(agent)
+    turn, step, call = map(int, numbers)
+    return agent, turn, step, call
 
 
 def memory_place(address: Address, scope: str) -> str:

@@ -5,6 +5,8 @@
     instructions: You answer the customers of an online store ...
     tools:
       - python: activities.demo_store:look_up_order
+      - python: activities.demo_store:refund
+        approval: {rules: [{when: {amount_cents: {above: 20000}}, then: ask}], default: allow} # see workflows.approval
       - mcp: clock # an MCP server: a command of this machine, which is spoken to over stdio
         command: [mcp-server-time, --local-timezone, Europe/Lisbon]
       - mcp: crm # or one that is reached over streamable HTTP
@@ -48,6 +50,7 @@ from pydantic import (
     model_validator,
 )
 
+from workflows.approval import ApprovalPolicy, Condition, Rule
 from workflows.budget import Limit
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
@@ -84,11 +87,43 @@ class _Carried(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+class _ConditionSection(Condition, _Strict):
+    pass
+
+
+class _RuleSection(Rule, _Strict):
+    when: dict[str, _ConditionSection] = Field(min_length=1)  # type: ignore[assignment]  # read only
+
+
+class ApprovalSection(ApprovalPolicy, _Strict):
+    """An approval policy as people write it; `approval: ask` is short for `approval: {default: ask}`."""
+
+    rules: list[_RuleSection] = Field(default_factory=list)  # type: ignore[assignment]  # read only
+    remind_seconds: float | None = Field(None, ge=60)
+
+    @property
+    def policy(self) -> ApprovalPolicy:
+        """What agents carry of it."""
+        return ApprovalPolicy.model_validate(self.model_dump())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, written: Any) -> Any:
+        return {"default": written} if isinstance(written, str) else written
+
+
 class ToolSpec(_Strict):
     """A tool the agent may call."""
 
     python: PythonPath
     """The function; its signature and docstring tell the model how to call it."""
+    approval: ApprovalSection | None = None
+    """Which calls wait for a human's decision; None: none."""
+    answers: Literal["at once", "later"] = "at once"
+    """Whether what the function returns is the answer, or the answer comes later from outside, with the idempotency key
+    as the call's id: by `perennial tool complete`, the update `complete` or an event."""
+    answer_within_seconds: float = Field(86_400, ge=1, le=366 * 86_400)
+    """How long an answer from outside is waited for; then the outcome is unknown."""
     timeout_seconds: float = Field(60, gt=0, le=86_400)
     """How long one attempt may take."""
     repeatable: bool = True
@@ -127,6 +162,8 @@ class McpSpec(McpServer, _Strict):
     """Put before the names of its tools: two tools of one agent can't have one name."""
     timeout_seconds: float = Field(60, gt=0, le=86_400)
     """How long one attempt of a call may take."""
+    approval: ApprovalSection | None = None
+    """Which calls of these tools wait for a human's decision; None: none."""
     repeatable: bool | None = None
     """Whether a call whose outcome is unknown may be made again; None: where the server says so of the tool
     (`readOnlyHint` or `idempotentHint`), and else not. The idempotency key is in the request's `_meta`, under
@@ -357,6 +394,9 @@ class ToolDefinition(_Carried):
     timeout: timedelta = timedelta(seconds=60)
     repeatable: bool = True
     attempts: int = 5
+    approval: ApprovalPolicy | None = None
+    answer_within: timedelta | None = None
+    """How long an answer from outside is waited for; None: what the tool returns is the answer."""
 
 
 class ReplyForm(_Carried):
@@ -395,7 +435,13 @@ class ResolvedSpec(_Carried):
             compact=self.context.compact,
             repairs=self.reply.repairs if self.reply else 0,
             tools={
-                tool.name: ToolControl(timeout=tool.timeout, repeatable=tool.repeatable, attempts=tool.attempts)
+                tool.name: ToolControl(
+                    timeout=tool.timeout,
+                    repeatable=tool.repeatable,
+                    attempts=tool.attempts,
+                    approval=tool.approval,
+                    answer_within=tool.answer_within,
+                )
                 for tool in self.tools
             },
         )
@@ -407,6 +453,13 @@ class ToolControl(_Carried):
     timeout: timedelta = timedelta(seconds=60)
     repeatable: bool = True
     attempts: int = 5
+    approval: ApprovalPolicy | None = None
+    answer_within: timedelta | None = None
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether a call may wait for people, or for an answer from outside."""
+        return self.approval is not None or self.answer_within is not None
 
 
 class ControlSpec(_Carried):

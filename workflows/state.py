@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from workflows import names
 from workflows.budget import Cost, Limit, Refusal
+from workflows.calls import REMEMBERED, StepCalls, Waiting, told
 from workflows.events import Event, EventReference, Outgoing
 from workflows.mailbox import Mailbox
 from workflows.messages import (
@@ -20,10 +21,12 @@ from workflows.messages import (
     RecentItem,
     Reply,
     Rewound,
+    Settlement,
     Status,
     ToolResult,
     TurnOutcome,
     Usage,
+    Waits,
 )
 from workflows.spec import ControlSpec
 
@@ -51,6 +54,8 @@ class CurrentTurn(BaseModel):
     """What is wrong with the last answer, which the model has not been told yet; empty: nothing is."""
     repairs: int = 0
     """How often it was told so in this turn."""
+    acting: StepCalls | None = None
+    """The tool calls of the step before, while some of them wait."""
     usage: Usage = Usage()
     tool_calls: int = 0
     cost: Cost = Cost()
@@ -64,6 +69,8 @@ class CurrentTurn(BaseModel):
         place = f"turn {self.number}, step {self.step}"
         if self.refused is not None:
             return names.OVER_BUDGET, f"over budget; {place} waits: {self.refused}"
+        if self.acting and self.acting.open:
+            return "waiting", f"turn {self.number}{_for(self.acting.open)}"
         kinds = ", ".join(sorted({reference.type for reference in self.answers}))
         return "working", f"{place}: {kinds}"
 
@@ -84,6 +91,8 @@ class AgentState(BaseModel):
     """Asked to stop, and not closed yet; a snapshot never holds it, or the agent would wake up stopping."""
     outbox: list[Outgoing] = Field(default_factory=list)
     """Events decided on and not yet published."""
+    settled: list[Settlement] = Field(default_factory=list)
+    """Of calls that have waited, the newest."""
     usage: Usage = Usage()
     cost: Cost = Cost()
     model_calls: int = 0
@@ -121,6 +130,7 @@ class AgentState(BaseModel):
 
     def record_tools(self, turn: CurrentTurn, results: list[ToolResult]) -> None:
         """Note the results of a step's tool calls, for the model to see in the next step."""
+        turn.acting = None
         turn.results = shortened(results)
         turn.tool_calls += len(results)
         self.tool_calls += len(results)
@@ -143,9 +153,25 @@ class AgentState(BaseModel):
         return self.current is not None and self.current.refused is not None
 
     @property
+    def acting(self) -> StepCalls | None:
+        """The tool calls of the step in progress, while some of them wait."""
+        return self.current.acting if self.current else None
+
+    @property
+    def open_calls(self) -> list[Waiting]:
+        """The tool calls that wait for people, or for an answer from outside."""
+        return self.acting.open if self.acting else []
+
+    def settle(self, waiting: Waiting, settlement: Settlement) -> None:
+        """Remember what a call came to that has waited."""
+        self.settled = [*self.settled, settlement][-REMEMBERED:]
+        self.note(settlement.at, f"{waiting.tool} {told(settlement)}")
+
+    @property
     def fits(self) -> bool:
         """Whether the state can be carried in one piece: Temporal refuses what has 2 MB."""
-        return self.mailbox.carried_bytes + sum(map(_size, self.outbox)) <= _CARRIED_BYTES
+        acting = len(self.acting.model_dump_json().encode()) if self.acting else 0
+        return self.mailbox.carried_bytes + sum(map(_size, self.outbox)) + acting <= _CARRIED_BYTES
 
     def next_out(self) -> list[Outgoing]:
         """As many of the events decided on as can be published at once; at least one, if there is any."""
@@ -164,9 +190,9 @@ class AgentState(BaseModel):
         self.recent = [*self.recent, RecentItem(at=now, text=line)][-_RECENT:]
 
     def activity(self) -> tuple[str, str]:
-        """The agent's state in a word or two (working, over budget, paused, held, idle) and in a sentence."""
+        """The agent's state in a word or two (working, waiting, over budget, paused, held, idle) and in a sentence."""
         if self.stopping is not None:
-            return "stopping", f"stopping{_by(self.stopping)}; what is in hand is finished first"
+            return "stopping", f"stopping{_by(self.stopping)}; what is in hand is finished first{_for(self.open_calls)}"
         if self.current is not None:
             return self.current.activity()
         if self.paused is not None:
@@ -204,6 +230,7 @@ class AgentState(BaseModel):
             refused=self.current.refused if self.current else None,
             spec_digest=self.spec.digest if self.spec else "",
             recent=self.recent,
+            open_calls=[waiting.report for waiting in self.open_calls],
         )
 
 
@@ -250,6 +277,16 @@ def _cut(result: ToolResult, share: int) -> ToolResult:
 
 def _size(message: Outgoing) -> int:
     return len(message.model_dump_json().encode())
+
+
+def _for(waiting: list[Waiting]) -> str:
+    """What these calls wait for, as the end of a sentence."""
+    approvals = [one for one in waiting if one.waits_for is Waits.APPROVAL]
+    answers = [one.tool for one in waiting if one.waits_for is Waits.ANSWER]
+    told = ", ".join(f"{one.tool} {one.arguments} ({one.call})" for one in approvals)
+    return (f"; waits for approval of {told}" if approvals else "") + (
+        f"; waits for the answer to {', '.join(answers)}" if answers else ""
+    )
 
 
 def _by(intervention: Intervention) -> str:

@@ -6,33 +6,25 @@ replay this code, as `workflows.agent` says.
 
 from __future__ import annotations
 
-import asyncio
-
 from temporalio import workflow
-from temporalio.exceptions import ActivityError, ApplicationError, is_cancelled_exception
-from temporalio.exceptions import TimeoutError as ActivityTimeoutError
+from temporalio.exceptions import ActivityError, is_cancelled_exception
 
 with workflow.unsafe.imports_passed_through():
     from workflows import interface, names, repair
-    from workflows.errors import NOT_RUN, failure_message
+    from workflows.acting import Acting
+    from workflows.errors import failure_message
     from workflows.life import Life, count
     from workflows.messages import (
         CompactRequest,
         Decision,
         Reply,
         ThinkRequest,
-        ToolCall,
-        ToolOutcome,
-        ToolRequest,
-        ToolResult,
         TurnOutcome,
         TurnSummary,
     )
     from workflows.over_budget import OverBudget, Parked
     from workflows.spec import ControlSpec
-    from workflows.state import AgentState, CurrentTurn, result_bytes
-
-_CALLS_PER_STEP = 64
+    from workflows.state import AgentState, CurrentTurn
 
 
 class Turns:
@@ -41,6 +33,7 @@ class Turns:
     def __init__(self, life: Life) -> None:
         self._life = life
         self.budget = OverBudget(life)
+        self._acting = Acting(life)
 
     @property
     def _state(self) -> AgentState:
@@ -74,6 +67,10 @@ class Turns:
         compacted = False
         while True:
             self._life.show()
+            if turn.acting:  # an earlier run has left it while calls waited
+                self._state.record_tools(turn, await self._acting.act(spec, turn, turn.acting.calls))
+                self._life.continue_as_new_if_due()
+                continue
             last = turn.step >= spec.budget.steps_per_turn
             decision = await workflow.execute_activity_method(
                 interface.ModelActivities.think,
@@ -111,14 +108,7 @@ class Turns:
                 continue
             if decision.error or last or not decision.tool_calls:
                 return repair.settled(decision)
-            step = turn.step - 1
-            wanted, surplus = decision.tool_calls[:_CALLS_PER_STEP], decision.tool_calls[_CALLS_PER_STEP:]
-            room = result_bytes(len(wanted))
-            calls = (self._run_tool(spec, turn, step, n, call, room) for n, call in enumerate(wanted))
-            results = list(await asyncio.gather(*calls))
-            too_many = f"Not run: a step may call {_CALLS_PER_STEP} tools. Call it again in the next one."
-            results += [_result(call, ToolOutcome.ERROR, too_many) for call in surplus]
-            self._state.record_tools(turn, results)
+            self._state.record_tools(turn, await self._acting.act(spec, turn, decision.tool_calls))
             self._life.continue_as_new_if_due()
 
     async def _compact(self, turn: CurrentTurn, spec: ControlSpec) -> Decision:
@@ -143,40 +133,6 @@ class Turns:
         self._state.record_call(turn, decision)
         how = f"could not be summed up: {decision.error}" if decision.error else "summed up"
         self._state.note(workflow.now(), f"the conversation {how}")
-
-    async def _run_tool(  # noqa: PLR0913, PLR0917  # what a call is told apart by
-        self, spec: ControlSpec, turn: CurrentTurn, step: int, number: int, call: ToolCall, room: int
-    ) -> ToolResult:
-        tool = spec.tools.get(call.name)
-        if tool is None:
-            offered = ", ".join(spec.tools) or "none"
-            return _result(call, ToolOutcome.ERROR, f"There is no tool {call.name!r}. Tools you may call: {offered}.")
-        try:
-            return await workflow.execute_activity_method(
-                interface.ToolActivities.run_tool,
-                ToolRequest(
-                    workflow_id=self._life.id,
-                    turn=turn.number,
-                    call=call,
-                    spec_digest=spec.digest,
-                    idempotency_key=names.call_key(self._life.id, turn.number, step, number),
-                    result_bytes=room,
-                ),
-                start_to_close_timeout=tool.timeout,
-                heartbeat_timeout=interface.HEARTBEAT,
-                retry_policy=interface.tool_retries(tool),
-                summary=f"turn {turn.number}: {call.name}",
-            )
-        except ActivityError as error:
-            if is_cancelled_exception(error):
-                raise
-            if isinstance(error.cause, ApplicationError) and error.cause.type == NOT_RUN:
-                return _result(call, ToolOutcome.ERROR, error.cause.message)
-            timed_out = isinstance(error.cause, ActivityTimeoutError)
-            if not tool.repeatable or timed_out:
-                reason = "It took too long or its worker died" if timed_out else f"It broke: {failure_message(error)}"
-                return _result(call, ToolOutcome.UNKNOWN, f"{reason}. Whether it took effect is not known.")
-            return _result(call, ToolOutcome.ERROR, f"It failed {tool.attempts} times: {failure_message(error)}")
 
     def _end_turn(self, turn: CurrentTurn, decision: Decision) -> None:
         failed = decision.error is not None
@@ -225,7 +181,3 @@ def _think_summary(turn: CurrentTurn) -> str:
         return f"turn {turn.number}, step {turn.step}: repair of the answer"
     new = count(len(turn.events), "event") if turn.events else count(len(turn.results), "tool result")
     return f"turn {turn.number}, step {turn.step}: {new}"
-
-
-def _result(call: ToolCall, outcome: ToolOutcome, content: str) -> ToolResult:
-    return ToolResult(call_id=call.id, name=call.name, content=content, outcome=outcome)

@@ -9,7 +9,7 @@ import sqlite3
 import sys
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -28,7 +28,7 @@ from activities.ledger import Ledger, Totals
 from workflows.errors import Remedy
 from workflows.events import Event, EventReference
 from workflows.mailbox import Mailbox
-from workflows.messages import Rewound, ToolCall, ToolOutcome, Usage
+from workflows.messages import Approval, Rewound, ToolCall, ToolOutcome, Usage
 from workflows.spec import ListedTool, ResolvedSpec, ToolDefinition
 from workflows.state import AgentState, Snapshot
 
@@ -1050,3 +1050,32 @@ async def test_the_first_listing_of_a_version_counts(ledger: Ledger) -> None:
     assert await ledger.put_listing(desk, "v2", "clock", second) == second
     assert await ledger.get_listing(desk, "v1", "clock") == first
     assert await ledger.get_listing(desk, "v1", "crm") is None
+
+
+# Approvals -----------------------------------------------------------------------------------------------------------
+
+
+def approval(number: int, *, agent: str = AGENT, approved: bool = True) -> Approval:
+    at = datetime(2026, 11, 27, 12, number, tzinfo=UTC)
+    return Approval(
+        workflow_id=agent,
+        turn=1,
+        call=f"{agent}/1/1/{number}",
+        tool="refund",
+        arguments="{}",
+        approved=approved,
+        by="ada",
+        why="fine",
+        asked_at=at,
+        decided_at=at,
+    )
+
+
+async def test_the_first_decision_about_a_call_counts(ledger: Ledger) -> None:
+    """Newest first, of one agent or of all."""
+    for number in (1, 2):
+        await ledger.put_approval(approval(number))
+    await ledger.put_approval(approval(1, approved=False))
+    await ledger.put_approval(approval(3, agent=OTHER))
+    assert await ledger.approvals(AGENT, limit=5) == [approval(2), approval(1)]
+    assert await ledger.approvals(None, limit=2) == [approval(3, agent=OTHER), approval(2)]

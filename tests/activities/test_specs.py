@@ -21,6 +21,7 @@ from workflows.errors import Remedy
 from workflows.messages import SpecRequest
 from workflows.spec import ControlSpec, ListedTool, McpTool, ToolControl
 
+TWIN = "name: desk\ninstructions: x\ntools:\n  - python: twins:refund\n    "
 GOOD = "name: desk\ntenant: store\ninstructions: Answer.\n"
 
 
@@ -95,6 +96,16 @@ def test_a_folder_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> 
             ":5: tools.1: a tool named look is there already",
         ),
         (
+            f"{TWIN}approval: {{default: allow, rules: [{{when: {{amonut: {{above: 5}}}}, then: ask}}]}}\n",
+            ":4: tools.0: tool twins:refund: its approval has a rule about amonut, and it has no such argument; it has",
+        ),
+        (
+            f"{TWIN}approval: {{rules: [{{when: {{amount: {{abvoe: 5}}}}, then: ask}}]}}\n",
+            ":5: tools.0.approval.rules.0",
+        ),
+        (f"{TWIN}approval: sometimes\n", ":5: tools.0.approval.default: Input should be 'allow', 'ask' or 'refuse'"),
+        (f"{TWIN}approval: {{expire_seconds: 5}}\n", ":5: tools.0.approval.expire_seconds: Extra inputs"),
+        (
             "name: desk\ninstructions: x\ntools:\n  - python: twins:recall\nmemory: {}\n",
             ":5: memory: it brings a tool recall; rename the one among the tools",
         ),
@@ -110,7 +121,8 @@ def test_a_mistake_is_named_with_file_line_and_field(tmp_path: Path, text: str, 
     """P14: what was wrong, where, and what was expected."""
     for module in ("twins", "other_twins"):
         (tmp_path / f"{module}.py").write_text(
-            "def look() -> str:\n    return ''\n\n\ndef recall() -> str:\n    return ''\n"
+            "def look() -> str:\n    return ''\n\n\ndef recall() -> str:\n    return ''\n\n\n"
+            "def refund(amount: int) -> str:\n    return ''\n"
         )
     path = written(tmp_path, "desk.yaml", text)
     assert any(line.startswith(f"{path}{complaint}") for line in refused(tmp_path)), refused(tmp_path)
@@ -440,3 +452,20 @@ def test_the_name_of_perennial_s_own_tool_is_taken(tmp_path: Path) -> None:
     written(tmp_path, "desk.yaml", f"{GOOD}tools:\n  - python: taken_tools:read_result\n")
     (line,) = refused(tmp_path)
     assert "a tool named read_result is there already" in line
+
+
+# What waits ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_tool_waits_for_reaches_the_workflow(tmp_path: Path) -> None:
+    """The policy and the time for an answer from outside are part of what the workflow decides by."""
+    (tmp_path / "twins.py").write_text("def refund(amount: int) -> str:\n    return ''\n")
+    written(tmp_path, "a.yaml", TWIN + "approval: ask\n    answers: later\n    answer_within_seconds: 60\n")
+    agent = load_specs(tmp_path).get("default", "desk")
+    assert agent is not None
+    resolved = agent.resolved({})
+    control = resolved.control("digest").tools["refund"]
+    assert control.approval is not None
+    assert (control.approval.default, control.answer_within) == ("ask", timedelta(minutes=1))
+    carried = ControlSpec.model_validate_json(resolved.control("d").model_dump_json())
+    assert carried.tools == resolved.control("d").tools

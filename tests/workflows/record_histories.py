@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fakes import World, answer, event
+from pydantic import JsonValue
 from servers import TemporalServer, eventually
 from temporalio.client import Client, WithStartWorkflowOperation, WorkflowHandle, WorkflowUpdateFailedError
 from temporalio.common import WorkflowIDConflictPolicy
@@ -31,11 +32,13 @@ from workflows.budget import Lifted, LiftRequest, LimitScope, Measure, Per, Refu
 from workflows.events import Delivery, Event, hold, hold_digest, release
 from workflows.messages import (
     AskRequest,
+    DecideRequest,
     Decision,
     Intervention,
     Reply,
     RewindRequest,
     Rewound,
+    Settlement,
     Status,
     ThinkRequest,
     ToolCall,
@@ -176,6 +179,66 @@ async def compacted(life: Life) -> None:
     await life.replies(1)
     await life.deliver(event(2))
     await life.replies(2)
+    await life.stop()
+
+
+def _asking(request: ThinkRequest) -> Decision:
+    """In its first turn it calls a tool that waits, beside one that does not."""
+    if request.turn > 1 or request.results:
+        return answer("; ".join(result.content for result in request.results) or "heard", request)
+    refund = ToolCall(id="call-0", name="refund", arguments='{"amount_cents": 30000}')
+    return answer("", request, refund, ToolCall(id="call-1", name="look"))
+
+
+def _waiting(life: Life, **refund: object) -> None:
+    life.world.think_with = _asking
+    life.world.tool = lambda request: ToolResult(call_id=request.call.id, name=request.call.name, content="done")
+    tools = {"refund": ToolControl.model_validate({"repeatable": False, **refund}), "look": ToolControl()}
+    life.world.spec = ControlSpec(digest="spec-1", tools=tools)
+
+
+async def approved(life: Life) -> None:
+    """A call waits for its approval, through several runs, and is then made; a reminder and a late word on the way."""
+    _waiting(life, approval={"remind_seconds": 1})
+    await life.deliver(event(1))
+    await eventually(lambda: life.world.lifecycle(names.APPROVAL_REMINDER_TYPE))
+    for number in range(2, 16):
+        await life.deliver(event(number))
+    call = names.call_key(life.handle.id, 1, 1, 0)
+    await life.handle.execute_update(
+        names.DECIDE, DecideRequest(call=call, approve=True, by="recorder"), result_type=Settlement
+    )
+    await life.replies(2)
+    data: JsonValue = {"call": call, "approve": False}
+    await life.deliver(Event(id="late", source="test", type=names.DECIDE_TYPE, subject="key", data=data))
+    await life.stop()
+
+
+async def refused(life: Life) -> None:
+    """Nobody decides in time: it is not made."""
+    _waiting(life, approval={"expires_seconds": 2})
+    await life.deliver(event(1))
+    await life.replies(1)
+    await life.stop()
+
+
+async def late(life: Life) -> None:
+    """An answer comes from outside; and one never."""
+    _waiting(life, answer_within=timedelta(days=1).total_seconds())
+    await life.deliver(event(1))
+    await eventually(lambda: life.world.lifecycle(names.TOOL_WAITING_TYPE))
+    call = names.call_key(life.handle.id, 1, 1, 0)
+    data: JsonValue = {"call": call, "content": "It has arrived."}
+    await life.deliver(Event(id="word", source="test", type=names.COMPLETE_TYPE, subject="key", data=data))
+    await life.replies(1)
+    await life.stop()
+
+
+async def unanswered(life: Life) -> None:
+    """No answer comes from outside: the outcome is unknown, and that is told."""
+    _waiting(life, answer_within=1)
+    await life.deliver(event(1))
+    await life.replies(1)
     await life.stop()
 
 
@@ -385,6 +448,10 @@ LIVES: tuple[Callable[[Life], Awaitable[None]], ...] = (
     compacted,
     repaired,
     over_budget,
+    approved,
+    refused,
+    late,
+    unanswered,
 )
 
 

@@ -24,6 +24,19 @@ GOLDEN = {
     "FORK": "fork",
     "LIFT_BUDGET": "lift_budget",
     "CHECK_BUDGET": "check_budget",
+    "DECIDE": "decide",
+    "COMPLETE": "complete",
+    "NOT_OPEN": "NotOpen",
+    "SETTLED": "Settled",
+    "APPROVAL_REQUESTED_TYPE": "perennial.approval.requested.v1",
+    "APPROVAL_REMINDER_TYPE": "perennial.approval.reminder.v1",
+    "APPROVAL_DECIDED_TYPE": "perennial.approval.decided.v1",
+    "TOOL_WAITING_TYPE": "perennial.tool.waiting.v1",
+    "TOOL_COMPLETED_TYPE": "perennial.tool.completed.v1",
+    "TOOL_UNKNOWN_TYPE": "perennial.tool.unknown.v1",
+    "CALL_MISSED_TYPE": "perennial.call.missed.v1",
+    "DECIDE_TYPE": "perennial.approval.decide.v1",
+    "COMPLETE_TYPE": "perennial.tool.complete.v1",
     "IDEMPOTENCY_META": "perennial/idempotencyKey",
     "READ_RESULT": "read_result",
     "DELIVER": "deliver",
@@ -131,7 +144,7 @@ def test_the_workflow_answers_to_these_names() -> None:
     assert definition.name == names.WORKFLOW_TYPE
     assert set(definition.signals) == {names.DELIVER, names.CHECK_BUDGET}
     steering = {names.PAUSE, names.RESUME, names.STOP, names.REWIND, names.FORK, names.LIFT_BUDGET}
-    assert set(definition.updates) == {names.ASK, *steering}
+    assert set(definition.updates) == {names.ASK, *steering, names.DECIDE, names.COMPLETE}
     assert set(definition.queries) == {names.STATUS}
 
 
@@ -168,3 +181,16 @@ def test_where_facts_are_kept_never_changes() -> None:
     assert names.memory_place(address, "tenant") == "agent/store"
     assert names.memory_place(address, "agent") == "agent/store/customer-service"
     assert names.memory_place(address, "key") == names.workflow_id(address) == "agent/store/customer-service/a%2Fb"
+
+
+@given(ADDRESSES, st.integers(0, 10**6), st.integers(0, 1000), st.integers(0, 100))
+def test_a_call_s_key_is_taken_apart_again(address: Address, turn: int, step: int, call: int) -> None:
+    """Whoever decides about a call has its key alone."""
+    agent = names.workflow_id(address)
+    assert names.parse_call_key(names.call_key(agent, turn, step, call)) == (agent, turn, step, call)
+
+
+@pytest.mark.parametrize("text", ["", "agent/a/b/c", "agent/a/b/c/1/2", "agent/a/b/c/1/2/x", "a/b/c/d/1/2/3"])
+def test_what_is_no_call_s_key_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected agent/"):
+        names.parse_call_key(text)

@@ -40,6 +40,10 @@ LIVES = (
     "compacted",
     "repaired",
     "over_budget",
+    "approved",
+    "refused",
+    "late",
+    "unanswered",
 )
 
 
