@@ -274,6 +274,8 @@ class Pools:
         self._config = config
         self._secrets = secrets
         self._models: dict[str, Model[Any]] = {}
+        self._not_streaming: set[str] = set()
+        """Pools that were asked to stream an answer and sent none so."""
         for name, pool in config.pools.items():
             if pool.api_key_env and not secrets.get(pool.api_key_env):
                 raise ModelsError(f"pool {name}: set its key in the environment variable {pool.api_key_env}")
@@ -398,12 +400,17 @@ class Pools:
             raise _Failure(str(error), Remedy.RETRY_ELSEWHERE) from error
         started = time.monotonic()
         try:
-            if listener is None:
-                response = await model_request(
-                    model, conversation, model_settings=settings, model_request_parameters=parameters
-                )
+            request = (model, conversation, settings, parameters)
+            if listener is None or name in self._not_streaming:
+                response = await _whole(*request)
             else:
-                response = await _heard(model, conversation, settings, parameters, listener)
+                try:
+                    response = await _heard(*request, listener)
+                except _NotStreamedError:
+                    response = await _whole(*request)
+                    if response.parts:  # so it was not that the model had nothing to say
+                        log.warning("pool %s does not stream its answers; from now on it is asked for them whole", name)
+                        self._not_streaming.add(name)
             _refuse_withheld(response)
         except (ModelAPIError, UnexpectedModelBehavior) as error:
             remedy = remedy_for(error)
@@ -454,6 +461,10 @@ class _Failure(Exception):  # noqa: N818  # a pool's failure is an error only wh
         self.retry_after = retry_after
 
 
+class _NotStreamedError(Exception):
+    """No answer came bit by bit: the model or its server can't, or there was nothing to say."""
+
+
 def remedy_for(error: ModelAPIError | UnexpectedModelBehavior) -> Remedy:
     """What helps against an error of the model library.
 
@@ -471,6 +482,13 @@ def remedy_for(error: ModelAPIError | UnexpectedModelBehavior) -> Remedy:
     return Remedy.FINAL if isinstance(error, ModelRequestRejectedError) else Remedy.RETRY_ELSEWHERE
 
 
+async def _whole(
+    model: Model[Any], conversation: list[ModelMessage], settings: ModelSettings, parameters: ModelRequestParameters
+) -> ModelResponse:
+    """Make a request whose answer comes in one piece."""
+    return await model_request(model, conversation, model_settings=settings, model_request_parameters=parameters)
+
+
 async def _heard(
     model: Model[Any],
     conversation: list[ModelMessage],
@@ -481,17 +499,26 @@ async def _heard(
     """Make a request whose answer comes bit by bit.
 
     Raises:
+        _NotStreamedError: it can't come so.
         UnexpectedModelBehavior: it ended without an end: what came may be half of it.
     """
     listener.begin()
     stream = model_request_stream(model, conversation, model_settings=settings, model_request_parameters=parameters)
+    has_begun = False
     try:
         async with stream as events:
+            has_begun = True
             async for event in events:
                 _tell(listener, event)
             response = events.get()
-    except NotImplementedError:  # not every kind of model can; then the answer is heard when it is whole
-        return await model_request(model, conversation, model_settings=settings, model_request_parameters=parameters)
+    except NotImplementedError as error:  # not every kind of model can
+        raise _NotStreamedError from error
+    except ContentFilterError:
+        raise
+    except UnexpectedModelBehavior as error:
+        if has_begun:
+            raise
+        raise _NotStreamedError from error  # not every server can: some send the whole answer, which is no stream
     if response.finish_reason is None:
         raise UnexpectedModelBehavior("the model's answer broke off")
     return response

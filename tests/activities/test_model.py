@@ -649,3 +649,32 @@ async def test_agents_that_do_not_ask_for_it_are_not_streamed(tmp_path: Path) ->
     async with streaming(tmp_path, stream=False) as (agent, told):
         assert (await agent.think(asking("[[say Hello.]]"))).text == "Hello."
     assert told == []
+
+
+async def test_a_server_that_does_not_stream_is_asked_whole(tmp_path: Path) -> None:
+    """One that ignores `stream` sends no stream: its answer is told when it is there; the next is asked for whole."""
+    told: list[Outgoing] = []
+    async with serving(said("It is late.")) as server, Ledger(f"sqlite:///{tmp_path}/ledger.db") as ledger:
+        spec = ResolvedSpec(name="logistics", tenant="store", instructions="Ship.", stream=True)
+        config = ModelsConfig(pools={"only": PoolConfig(model="openai-chat:small", base_url=server.url)})
+        async with Pools(config, {}) as pools:
+            agent = World(ledger, Model(ledger, pools, told.append), server, await ledger.put_spec(spec))
+            first = await agent.think(SHIPPED)
+            await agent.think(asking("And now?"), turn=2, head=first.head)
+    assert first.text == "It is late."
+    assert [bool(request.get("stream")) for request in server.requests] == [True, False, False]
+    kinds = [kind for _, kind, _ in told_parts(told)]
+    assert kinds == ["start", "start", "text", "end", "start", "text", "end"], "one start is of the try"
+
+
+async def test_an_empty_stream_does_not_end_streaming(tmp_path: Path) -> None:
+    """A model that has nothing to say says so whole too; its server may well stream the next answer."""
+    async with serving(said("")) as server, Ledger(f"sqlite:///{tmp_path}/ledger.db") as ledger:
+        spec = ResolvedSpec(name="logistics", tenant="store", instructions="Ship.", stream=True)
+        config = ModelsConfig(pools={"only": PoolConfig(model="openai-chat:small", base_url=server.url)})
+        async with Pools(config, {}) as pools:
+            agent = World(ledger, Model(ledger, pools, [].append), server, await ledger.put_spec(spec))
+            first = await agent.think(SHIPPED)
+            await agent.think(asking("And now?"), turn=2, head=first.head)
+    assert first.text == ""
+    assert [bool(request.get("stream")) for request in server.requests] == [True, False, True, False]

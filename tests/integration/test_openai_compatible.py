@@ -15,7 +15,10 @@ pytestmark = pytest.mark.slow
 
 
 async def test_a_model_provider_in_the_environment_answers(tmp_path: Path) -> None:
-    """Events and questions reach the server with key and model; a 429 is waited out; nothing is marked as rehearsal."""
+    """Events and questions reach the server with key and model; a 429 is waited out; nothing is marked as rehearsal.
+
+    The agent's answers are streamed, which this server can't: after one try it is asked for them whole.
+    """
     busy = chat_server.refused(429, "slow down", retry_after="1")
     hello = chat_server.said("Hello from a real server.")
     async with chat_server.serving(busy, hello) as server:
@@ -40,8 +43,10 @@ async def test_a_model_provider_in_the_environment_answers(tmp_path: Path) -> No
     assert asked.status == 0, asked.err
     assert asked.json["text"] == "Hello from a real server."
     assert not asked.json["rehearsal"]
-    first, retried, second = server.requests
+    first, retried, whole, second = server.requests
     assert first == retried, "the same request, made again after Retry-After"
+    assert [bool(request.get("stream")) for request in server.requests] == [True, True, False, False]
+    assert whole["messages"] == first["messages"]
     assert {request["model"] for request in server.requests} == {"own-model-7b"}
     assert {headers["authorization"] for headers in server.headers} == {"bearer sk-for-tests"}
     assert "Hello from a real server." in str(second["messages"]), "the conversation so far is its context"
