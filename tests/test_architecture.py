@@ -134,7 +134,7 @@ def test_only_settings_touch_the_environment() -> None:
         ("sqlalchemy", {"activities/ledger.py", "activities/memory.py", "activities/spend.py"}),
         ("genai_prices", {"activities/prices.py"}),
         ("pydantic_settings", {"workers/settings.py"}),
-        ("typer", {"workers/arguments.py", "workers/cli.py", "workers/cli_budget.py"}),
+        ("typer", {"workers/arguments.py", "workers/cli.py", "workers/cli_budget.py", "workers/cli_calls.py"}),
     ],
 )
 def test_a_library_is_known_where_it_belongs(library: str, homes: set[str]) -> None:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typing_extensions import override
 
 from workers.exits import CommandError
 
@@ -17,6 +19,15 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Agent = Annotated[str, typer.Argument(metavar="AGENT", help="TENANT/AGENT/KEY, or AGENT/KEY, or a workflow id.")]
 Reason = Annotated[str, typer.Option(help="Why; it is kept with the change.")]
+
+
+class ListUnlessNamed(TyperGroup):
+    """A group whose `list` need not be said: `perennial memory AGENT` is `perennial memory list AGENT`."""
+
+    @override
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = args[0] in {*self.commands, *ctx.help_option_names} if args else self.no_args_is_help
+        return super().parse_args(ctx, args if named else ["list", *args])
 
 
 def examples(*lines: str) -> str:

@@ -30,12 +30,13 @@ import typer
 from typer.core import TyperGroup
 from typing_extensions import override
 
-from workers.arguments import Agent, Json, Reason
+from workers.arguments import Agent, Json, ListUnlessNamed, Reason
 from workers.arguments import examples as _examples
 from workers.arguments import output_for as _output
 from workers.arguments import resolved as _resolved
 from workers.arguments import user as _user
 from workers.cli_budget import budget
+from workers.cli_calls import approvals, tool
 from workers.exits import BAD_INPUT, FAILED, OK, CommandError
 from workers.settings import Settings, SettingsError
 from workflows.spec import Scope
@@ -80,15 +81,6 @@ class _Commands(TyperGroup):
         output.error(message)
 
 
-class _ListUnlessNamed(TyperGroup):
-    """A group whose `list` need not be said: `perennial memory AGENT` is `perennial memory list AGENT`."""
-
-    @override
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        named = not args or args[0] in {*self.commands, *ctx.help_option_names}
-        return super().parse_args(ctx, args if named else ["list", *args])
-
-
 app = typer.Typer(
     name="perennial",
     cls=_Commands,
@@ -108,15 +100,17 @@ specs = typer.Typer(no_args_is_help=True, help="Work with the agents' YAML files
 ingest = typer.Typer(no_args_is_help=True, help="Work with the topics that agents read.")
 dlq = typer.Typer(no_args_is_help=True, help="Work with dead letters: records that could not be understood.")
 memory = typer.Typer(
-    cls=_ListUnlessNamed, no_args_is_help=True, help="Look through what agents remember: `perennial memory AGENT`."
+    cls=ListUnlessNamed, no_args_is_help=True, help="Look through what agents remember: `perennial memory AGENT`."
 )
 pins = typer.Typer(
-    cls=_ListUnlessNamed, no_args_is_help=True, help="Entries that an agent is always shown: `perennial pins AGENT`."
+    cls=ListUnlessNamed, no_args_is_help=True, help="Entries that an agent is always shown: `perennial pins AGENT`."
 )
 app.add_typer(worker, name="worker")
 app.add_typer(pins, name="pins")
 app.add_typer(memory, name="memory")
 app.add_typer(budget, name="budget")
+app.add_typer(approvals, name="approvals")
+app.add_typer(tool, name="tool")
 app.add_typer(specs, name="specs")
 app.add_typer(dlq, name="dlq")
 app.add_typer(ingest, name="ingest")

@@ -423,14 +423,21 @@ _AT_REST = {
 }
 _HINTS = {
     names.OVER_BUDGET: "a turn waits; `perennial show` says for what, `perennial budget lift` allows more",
+    "waiting": "a tool call waits; `perennial show` says for what",
     "paused": "its mail waits; `perennial resume` lets it go on",
     "asleep": "its next event wakes it",
     "failed": "its next event starts it again; the Web UI says why it failed",
 }
 
 
-async def list_agents(
-    client: Client, settings: Settings, *, tenant: str | None = None, agent: str | None = None, limit: int = 100
+async def list_agents(  # noqa: PLR0913  # one for each filter
+    client: Client,
+    settings: Settings,
+    *,
+    tenant: str | None = None,
+    agent: str | None = None,
+    states: Sequence[str] = (),
+    limit: int = 100,
 ) -> list[AgentSummary]:
     """The agents there are, the newest first, each once.
 
@@ -439,6 +446,7 @@ async def list_agents(
         settings: for messages.
         tenant: only of this tenant.
         agent: only of this name.
+        states: only those that are awake and in one of these states.
         limit: how many at most.
 
     Raises:
@@ -448,6 +456,9 @@ async def list_agents(
     for attribute, value in ((names.TENANT_ATTRIBUTE, tenant), (names.AGENT_ATTRIBUTE, agent)):
         if value is not None:
             conditions.append(f"{attribute} = {quoted(value)}")
+    if states:
+        any_of = ", ".join(map(quoted, states))
+        conditions += ["ExecutionStatus = 'Running'", f"{names.STATE_ATTRIBUTE} IN ({any_of})"]
     newest: dict[str, WorkflowExecution] = {}
     async with plainly(settings, "The agents can't be listed"):
         async for execution in client.list_workflows(" AND ".join(conditions), rpc_timeout=_RPC):

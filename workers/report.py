@@ -77,7 +77,7 @@ async def report(client: Client, settings: Settings, address: Address, *, limit:
     note = ""
     status = snapshot.state.status(workflow_id) if snapshot else None
     if awake:
-        status, note = await _asked(client, settings, workflow_id)
+        status, note = await status_of(client, settings, workflow_id)
     return AgentReport(
         agent=operations.shown(address),
         workflow_id=workflow_id,
@@ -92,7 +92,7 @@ async def report(client: Client, settings: Settings, address: Address, *, limit:
     )
 
 
-async def _asked(client: Client, settings: Settings, workflow_id: str) -> tuple[Status | None, str]:
+async def status_of(client: Client, settings: Settings, workflow_id: str) -> tuple[Status | None, str]:
     """What an agent that is awake says of itself, or why it says nothing."""
     handle = client.get_workflow_handle(workflow_id)
     try:

@@ -27,7 +27,21 @@ from workers.console import one_line, visible
 from workflows import names
 from workflows.budget import Cost, Lifted, LiftRequest, Measure, Per, Refusal, amount, usd
 from workflows.events import Event, EventReference
-from workflows.messages import Intervention, Reply, Rewound, Status, ToolOutcome, TurnOutcome, TurnSummary, Usage
+from workflows.messages import (
+    Approval,
+    Intervention,
+    Missed,
+    OpenCall,
+    Reply,
+    Rewound,
+    Settlement,
+    Status,
+    ToolOutcome,
+    TurnOutcome,
+    TurnSummary,
+    Usage,
+    Waits,
+)
 
 if TYPE_CHECKING:  # they import Temporal's client, which `perennial tail` can do without
     from activities.memory import KeptFact
@@ -48,6 +62,7 @@ _STATE_STYLES = {
     "idle": "green",
     "asleep": "dim",
     names.OVER_BUDGET: "yellow",
+    "waiting": "yellow",
     "paused": "yellow",
     "held": "yellow",
     "stopped": "yellow",
@@ -69,6 +84,13 @@ _KINDS = {
     names.AGENT_FORKED_TYPE: ("forked", "magenta"),
     names.BUDGET_EXCEEDED_TYPE: ("budget", "yellow"),
     names.BUDGET_LIFTED_TYPE: ("lifted", "magenta"),
+    names.APPROVAL_REQUESTED_TYPE: ("approval", "yellow"),
+    names.APPROVAL_REMINDER_TYPE: ("reminder", "yellow"),
+    names.APPROVAL_DECIDED_TYPE: ("decided", "magenta"),
+    names.TOOL_WAITING_TYPE: ("waiting", "yellow"),
+    names.TOOL_COMPLETED_TYPE: ("answered", "magenta"),
+    names.TOOL_UNKNOWN_TYPE: ("unknown", "red"),
+    names.CALL_MISSED_TYPE: ("not taken", "red"),
 }
 _KIND_WIDTH = max(len(word) for word, _ in _KINDS.values())
 _ENTRY_DIGITS = 12
@@ -172,7 +194,7 @@ def _what(happened: Event) -> str:
         return f"dropped {reference.type} {reference.id} of {reference.source}"
     if happened.type == names.BUDGET_EXCEEDED_TYPE:
         return f"waits: {Refusal.model_validate(happened.data)}"
-    return _steering(happened) or str(happened.data)
+    return _steering(happened) or _about_calls(happened) or str(happened.data)
 
 
 def _steering(happened: Event) -> str | None:
@@ -186,6 +208,25 @@ def _steering(happened: Event) -> str | None:
     if happened.type in {names.AGENT_PAUSED_TYPE, names.AGENT_RESUMED_TYPE, names.AGENT_STOPPED_TYPE}:
         intervention = Intervention.model_validate(happened.data)
         return _by(intervention.by, intervention.reason)
+    return None
+
+
+def _about_calls(happened: Event) -> str | None:
+    """What a tool call waits for, or has come to, if that is what happened."""
+    if happened.type in {names.APPROVAL_REQUESTED_TYPE, names.APPROVAL_REMINDER_TYPE, names.TOOL_WAITING_TYPE}:
+        call = OpenCall.model_validate(happened.data)
+        until = f" until {moment(call.expires)}" if call.expires else ""
+        wants = "a decision" if call.waits_for is Waits.APPROVAL else "its answer"
+        return f"{call.tool} {call.arguments} waits for {wants}{until}: call {call.call}"
+    if happened.type in {names.APPROVAL_DECIDED_TYPE, names.TOOL_COMPLETED_TYPE}:
+        call, settlement = OpenCall.model_validate(happened.data), Settlement.model_validate(happened.data)
+        return f"{call.tool} {call.arguments}: {_verb(settlement)} {_by(settlement.by, settlement.why)}"
+    if happened.type == names.TOOL_UNKNOWN_TYPE:
+        unknown = Missed.model_validate(happened.data)
+        return f"{unknown.tool} {unknown.arguments}: {unknown.why} Call {unknown.call}"
+    if happened.type == names.CALL_MISSED_TYPE:
+        missed = Missed.model_validate(happened.data)
+        return f"word from {missed.by or 'somebody'}: {missed.why}"
     return None
 
 
@@ -291,6 +332,10 @@ def report(told: AgentReport) -> Iterator[Text]:
     yield Text.assemble((visible(told.agent), "bold"), "  ", state(told.state))
     for label, value in _facts(told):
         yield Text.assemble("  ", (label.ljust(_LABEL_WIDTH), "dim"), visible(value))
+    if told.status and told.status.open_calls:
+        yield Text()
+        for call in told.status.open_calls:
+            yield from _waiting(call)
     if told.status and told.status.recent:
         yield Text()
         yield Text("recently", "bold")
@@ -333,6 +378,45 @@ def steered(who: str, update: str, status: Status) -> Text:
         names.STOP: "goes to sleep; its next event or question wakes it",
     }[update]
     return Text.assemble((visible(who), "bold"), f" {visible(what)}")
+
+
+# Calls that wait --------------------------------------------------------------------------------------------------
+
+
+def _waiting(call: OpenCall) -> Iterator[Text]:
+    """A call that an agent waits for, and the command that settles it."""
+    is_approval = call.waits_for is Waits.APPROVAL
+    wants = "decision" if is_approval else "answer"
+    until = f", until {moment(call.expires)}" if call.expires else ""
+    yield Text.assemble(
+        (f"waits for {'a' if is_approval else 'an'} {wants} ", "bold yellow"),
+        (visible(one_line(f"{call.tool} {call.arguments}")), "blue"),
+        (f"  since {moment(call.since)}{until}", "dim"),
+    )
+    command = "approvals approve {} --reason ..." if is_approval else "tool complete {} TEXT"
+    yield Text(f"  perennial {command.format(call.call)}")
+
+
+def open_call(call: OpenCall) -> tuple[str, str, str, str]:
+    """A row of `perennial approvals` and of `perennial tool list`."""
+    until = moment(call.expires) if call.expires else ""
+    return call.call, moment(call.since), until, one_line(f"{call.tool} {call.arguments}")
+
+
+def decision(made: Approval) -> tuple[str, Text, str, str, str, str]:
+    """A row of `perennial approvals --decided`."""
+    word = Text("approved", "green") if made.approved else Text("refused", "red")
+    what = one_line(f"{made.tool} {made.arguments}")
+    return moment(made.decided_at), word, made.by or "somebody", one_line(made.why), what, made.call
+
+
+def settled(made: Settlement) -> Text:
+    """What a decision or an answer came to."""
+    return Text.assemble((visible(made.call), "bold"), f" is {_verb(made)} {visible(_by(made.by, made.why))}")
+
+
+def _verb(made: Settlement) -> str:
+    return {True: "approved", False: "refused", None: "answered"}[made.approved]
 
 
 # Budgets ----------------------------------------------------------------------------------------------------------

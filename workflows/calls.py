@@ -120,7 +120,7 @@ def settle(calls: StepCalls | None, past: list[Settlement], wanted: Settlement) 
     if earlier is None:
         raise CallError(names.NOT_OPEN, f"No call {wanted.call} waits for {_what(wanted)} here.")
     if (earlier.approved, earlier.by) != (wanted.approved, wanted.by):
-        raise CallError(names.SETTLED, f"Call {wanted.call} {told(earlier)} already.")
+        raise CallError(names.SETTLED, f"Call {wanted.call} is settled already: it {told(earlier)}.")
     return None
 
 

@@ -21,6 +21,7 @@ Run = Callable[..., tuple[int, str, str]]
 COMMANDS = (
     *("dev", "send", "tail", "ask", "agents", "show", "pause", "resume", "stop", "doctor", "demo"),
     *("rewind", "fork", "verify"),
+    *("approvals", "approvals list", "approvals approve", "approvals refuse", "tool", "tool list", "tool complete"),
     *("worker", "worker agent", "worker model", "worker ingest", "worker rehearsal", "specs", "specs check"),
 )
 

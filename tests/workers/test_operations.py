@@ -135,6 +135,9 @@ async def test_agents_are_listed_once_newest_first_and_by_their_state(
     for text in ("' OR '' = '", '" OR "" = "', "\\", '\\" OR "" = "'):
         assert await operations.list_agents(client, settings, tenant=text) == []
     assert len(await operations.list_agents(client, settings, tenant=tenant, limit=1)) == 1
+    awake = await operations.list_agents(client, settings, tenant=tenant, states=("paused", "active"))
+    assert [line.key for line in awake] == ["1"]
+    assert await operations.list_agents(client, settings, tenant=tenant, states=("waiting", '" OR "" = "')) == []
 
 
 async def test_missing_workers_are_named_for_a_question_and_for_an_order(

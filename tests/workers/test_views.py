@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from pydantic import JsonValue
@@ -16,7 +16,20 @@ from workers.history import Node, Plan, TreeReport
 from workers.report import AgentReport
 from workflows import names
 from workflows.events import Event
-from workflows.messages import MadeCall, Reply, Rewound, ToolCall, ToolOutcome, TurnOutcome, Usage
+from workflows.messages import (
+    Approval,
+    MadeCall,
+    Missed,
+    OpenCall,
+    Reply,
+    Rewound,
+    Settlement,
+    ToolCall,
+    ToolOutcome,
+    TurnOutcome,
+    Usage,
+    Waits,
+)
 from workflows.spec import Scope
 from workflows.state import AgentState
 
@@ -59,6 +72,23 @@ FACT = Fact(
     turn=3,
     entry="e" * 64,
     kept_at="2026-03-01T12:00:00+00:00",
+)
+
+
+CALL = OpenCall(
+    call=f"{WORKFLOW_ID}/3/1/0",
+    tool="refund",
+    arguments='{"amount_cents": 30000}',
+    waits_for=Waits.APPROVAL,
+    since=datetime(2026, 3, 1, 12, tzinfo=UTC),
+)
+DECIDED = Settlement(
+    call=CALL.call,
+    waits_for=Waits.APPROVAL,
+    approved=False,
+    by="ann",
+    why="too much",
+    at=CALL.since + timedelta(hours=1),
 )
 
 
@@ -117,6 +147,31 @@ def test_a_reply_of_a_turn_that_failed_tells_why() -> None:
         ),
         (names.DUPLICATE_TYPE, {"source": "/s", "id": "7", "type": "t"}, f"duplicate  {WHO}  dropped t 7 of /s"),
         (names.REPLY_TYPE, {"odd": True}, f"reply      {WHO}  of a form not known here: {{'odd': True}}"),
+        (
+            names.APPROVAL_REQUESTED_TYPE,
+            CALL.model_dump(mode="json"),
+            f'approval   {WHO}  refund {{"amount_cents": 30000}} waits for a decision: call {WORKFLOW_ID}/3/1/0',
+        ),
+        (
+            names.TOOL_WAITING_TYPE,
+            CALL.model_copy(update={"waits_for": Waits.ANSWER}).model_dump(mode="json"),
+            f'waiting    {WHO}  refund {{"amount_cents": 30000}} waits for its answer: call {WORKFLOW_ID}/3/1/0',
+        ),
+        (
+            names.APPROVAL_DECIDED_TYPE,
+            {**CALL.model_dump(mode="json"), **DECIDED.model_dump(mode="json")},
+            f'decided    {WHO}  refund {{"amount_cents": 30000}}: refused by ann: too much',
+        ),
+        (
+            names.TOOL_UNKNOWN_TYPE,
+            Missed(call=CALL.call, tool="refund", arguments="{}", why="It broke.").model_dump(mode="json"),
+            f"unknown    {WHO}  refund {{}}: It broke. Call {WORKFLOW_ID}/3/1/0",
+        ),
+        (
+            names.CALL_MISSED_TYPE,
+            Missed(call="x", why="No call x waits here.", by="/crm").model_dump(mode="json"),
+            f"not taken  {WHO}  word from /crm: No call x waits here.",
+        ),
         ("store.news", {"a": 1}, f"store.news  {WHO}  {{'a': 1}}"),
         ("a\x1b[31m", "b\x07", f"a\\x1b[31m  {WHO}  b\\x07"),
     ],
@@ -205,6 +260,55 @@ def test_an_agent_that_does_not_answer_is_still_shown() -> None:
         "\n"
         "transcript not shown"
     )
+
+
+@pytest.mark.parametrize(
+    ("waits_for", "expected"),
+    [
+        (Waits.APPROVAL, ["waits for a decision refund", f"  perennial approvals approve {CALL.call} --reason ..."]),
+        (Waits.ANSWER, ["waits for an answer refund", f"  perennial tool complete {CALL.call} TEXT"]),
+    ],
+)
+def test_an_agent_with_a_call_that_waits_is_shown_with_the_command_that_settles_it(
+    waits_for: Waits, expected: list[str]
+) -> None:
+    """Issue 4, point 2: whoever looks at the agent sees what it waits for, and what to do."""
+    call = CALL.model_copy(update={"waits_for": waits_for})
+    status = AgentState().status(WORKFLOW_ID).model_copy(update={"open_calls": [call]})
+    told = AgentReport(
+        agent=WHO,
+        workflow_id=WORKFLOW_ID,
+        state="waiting",
+        awake=True,
+        since=None,
+        status=status,
+        steps=0,
+        transcript=[],
+        link="http://127.0.0.1:8233/x",
+    )
+    lines = [line.plain for line in views.report(told)]
+    place = next(number for number, line in enumerate(lines) if line.startswith(expected[0]))
+    assert lines[place + 1] == expected[1]
+
+
+def test_what_was_decided_is_a_row_and_a_line() -> None:
+    """With who and why; an expiry reads as one, and nobody as somebody."""
+    made = Approval(
+        workflow_id=WORKFLOW_ID,
+        turn=3,
+        call=CALL.call,
+        tool="refund",
+        arguments='{"a":\n1}',
+        approved=True,
+        by="",
+        why="",
+        asked_at=CALL.since,
+        decided_at=DECIDED.at,
+    )
+    _, word, by, why, what, call = views.decision(made)
+    assert (word.plain, by, why, what, call) == ("approved", "somebody", "", 'refund {"a": 1}', CALL.call)
+    assert views.settled(DECIDED).plain == f"{CALL.call} is refused by ann: too much"
+    assert views.open_call(CALL)[2:] == ("", 'refund {"amount_cents": 30000}')
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ def test_a_call_is_settled_once() -> None:
     assert calls.open == []
     assert settle(calls, [], decision()) is None
     for step in (calls, None):
-        with pytest.raises(CallError, match="was approved by ada at 2026-11-27 12:00:00: fine already") as refused:
+        with pytest.raises(
+            CallError, match=r"is settled already: it was approved by ada at 2026-11-27 12:00:00: fine\."
+        ) as refused:
             settle(step, [decision()], decision(approved=False))
         assert refused.value.kind == names.SETTLED
     assert settle(None, [decision()], decision()) is None
