@@ -30,7 +30,7 @@ from activities.mcp_servers import NotRun, Servers
 from activities.memory_tools import memory_tool_spec, memory_tools
 from activities.results import READ_RESULT
 from activities.tools import ToolError, define, load_tool
-from workflows import names
+from workflows import names, wake_ups
 from workflows.errors import Remedy, activity_error
 from workflows.interface import SpecActivities
 from workflows.messages import SpecRequest
@@ -103,6 +103,7 @@ class Agent:
             mailbox=self.spec.mailbox,
             context=self.spec.context,
             memory=self.spec.memory,
+            wake_ups=self.spec.wake_ups,
             reply=self.reply,
             stream=self.spec.stream,
             hibernate_after=timedelta(seconds=idle) if (idle := self.spec.hibernate_after_seconds) else None,
@@ -111,6 +112,7 @@ class Agent:
     def _remote(self, listings: Listings) -> list[ToolDefinition]:
         """The tools of the MCP servers, as the model is told of them."""
         taken = dict.fromkeys(self.tools, "a Python function")
+        own = {names.READ_RESULT, *(definition.name for definition in self.definitions if definition.built_in)}
         definitions: list[ToolDefinition] = []
         faults: list[str] = []
         for name, server in self.servers.items():
@@ -123,7 +125,7 @@ class Agent:
                 faults.append(f"{self.places[name]}: MCP server {name} {lacks if known else 'lists no tools'}")
             for tool in wanted:
                 definition = _remote_definition(server, tool)
-                if definition.name in taken or definition.name == names.READ_RESULT:
+                if definition.name in taken or definition.name in own:
                     of = taken.get(definition.name, "Perennial's own")
                     faults.append(
                         f"{self.places[name]}: MCP server {name} has a tool {definition.name}, and there is "
@@ -336,6 +338,7 @@ def load_agent(path: Path) -> Agent:
         agent.tools[tool.name] = tool
         agent.definitions.append(definition)
     faults += [f"{document.place('memory')}: {fault}" for fault in _add_memory(agent)]
+    faults += [f"{document.place('wake_ups')}: {fault}" for fault in _add_wake_ups(agent)]
     if spec.reply:
         try:
             agent.reply = resolve(spec.reply, beside=path.parent)
@@ -354,3 +357,11 @@ def _add_memory(agent: Agent) -> Iterator[str]:
             continue
         agent.tools[tool.name] = tool
         agent.definitions.append(define(memory_tool_spec(tool), tool))
+
+
+def _add_wake_ups(agent: Agent) -> Iterator[str]:
+    """Give the agent the tools by which it wakes itself; what is wrong with that."""
+    for definition in wake_ups.definitions() if agent.spec.wake_ups else []:
+        if definition.name in agent.tools:
+            yield f"it brings a tool {definition.name}; rename the one among the tools"
+        agent.definitions.append(definition)

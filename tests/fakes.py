@@ -8,23 +8,27 @@ world.published, world.thoughts, world.snapshots
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
+from talking import deliver
 from temporalio import activity
 from temporalio.client import Client
 from temporalio.exceptions import ApplicationError
 from temporalio.worker import Worker
 from typing_extensions import override
 
+from activities.clock import Clock
 from workers.wiring import workflow_runner
 from workflows import names
 from workflows.agent import AgentWorkflow
+from workflows.alarm import AlarmWorkflow
 from workflows.budget import Lifted, LiftRecord
 from workflows.events import Event, Outgoing
 from workflows.interface import (
     BudgetActivities,
+    ClockActivities,
     LedgerActivities,
     ModelActivities,
     PublishActivities,
@@ -32,9 +36,11 @@ from workflows.interface import (
     ToolActivities,
 )
 from workflows.messages import (
+    Alarm,
     Approval,
     CompactRequest,
     Decision,
+    Mail,
     PublishRequest,
     Reply,
     ReplyRequest,
@@ -76,7 +82,15 @@ def echo(request: ThinkRequest) -> Decision:
 
 
 @dataclass
-class World(BudgetActivities, ModelActivities, ToolActivities, LedgerActivities, SpecActivities, PublishActivities):
+class World(
+    BudgetActivities,
+    ClockActivities,
+    ModelActivities,
+    ToolActivities,
+    LedgerActivities,
+    SpecActivities,
+    PublishActivities,
+):
     """Everything an agent may ask of the world, and a record of what it asked."""
 
     think_with: Callable[[ThinkRequest], Decision | Awaitable[Decision]] = echo
@@ -97,6 +111,9 @@ class World(BudgetActivities, ModelActivities, ToolActivities, LedgerActivities,
     rewinds: list[RewindRecord] = field(default_factory=list)
     lifts: list[LiftRecord] = field(default_factory=list)
     rewind_with: Callable[[RewindRecord], Awaitable[None]] | None = None
+    alarms: list[Alarm] = field(default_factory=list)
+    clock: Clock | None = None
+    """The real thing, over the workers' client."""
 
     @property
     def replies(self) -> list[Reply]:
@@ -208,15 +225,33 @@ class World(BudgetActivities, ModelActivities, ToolActivities, LedgerActivities,
             await self.publish_with(request)
         self.published.extend(request.messages)
 
+    @override
+    @activity.defn(name="set_alarm")
+    async def set_alarm(self, alarm: Alarm) -> None:
+        self.alarms.append(alarm)
+        assert self.clock is not None
+        await self.clock.set_alarm(alarm)
+
+    @override
+    @activity.defn(name="deliver")
+    async def deliver(self, mail: Mail) -> None:
+        assert self.clock is not None
+        await self.clock.deliver(mail)
+
     @asynccontextmanager
     async def workers(self, client: Client, task_queue: str) -> AsyncIterator[None]:
         """The agent worker and the model worker, over these fakes."""
+
+        async def hand_over(address: names.Address, events: Sequence[Event]) -> None:
+            await deliver(client, names.workflow_id(address), task_queue, *events)
+
+        self.clock = Clock(client, hand_over)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(
                 Worker(
                     client,
                     task_queue=task_queue,
-                    workflows=[AgentWorkflow],
+                    workflows=[AgentWorkflow, AlarmWorkflow],
                     activities=[
                         self.run_tool,
                         self.wake,
@@ -228,6 +263,8 @@ class World(BudgetActivities, ModelActivities, ToolActivities, LedgerActivities,
                         self.keep_result,
                         self.load_spec,
                         self.publish,
+                        self.set_alarm,
+                        self.deliver,
                     ],
                     workflow_runner=workflow_runner(),
                 )

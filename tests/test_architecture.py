@@ -26,6 +26,7 @@ from workers.model import model_worker
 from workers.settings import PREFIX, Settings
 from workflows import interface, names
 from workflows.agent import AgentWorkflow
+from workflows.alarm import AlarmWorkflow
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("workflows", "activities", "workers")
@@ -84,13 +85,14 @@ async def test_the_workers_serve_all_activities_and_no_others(temporal_server: T
     assert registered(models) == {"think", "compact"}
     assert not registered(agents) & registered(models)
     assert (agents.task_queue, models.task_queue) == ("house", names.model_queue("house"))
-    assert agents.config().get("workflows") == [AgentWorkflow]
+    assert agents.config().get("workflows") == [AgentWorkflow, AlarmWorkflow]
 
 
 def test_the_names_of_activities_never_change() -> None:
     """They stand in every history."""
     ledger = {"wake", "keep_snapshot", "find_reply", "record_rewind", "record_approval", "record_lift"}
-    assert interface_names() == {"think", "compact", "run_tool", "keep_result", "load_spec", "publish", *ledger}
+    clock = {"set_alarm", "deliver"}
+    assert interface_names() == {"think", "compact", "run_tool", "keep_result", "load_spec", "publish", *ledger, *clock}
 
 
 def test_the_interface_is_abstract() -> None:
@@ -110,7 +112,9 @@ def test_only_the_agent_and_its_parts_speak_temporal_s_workflow_api() -> None:
         for file, tree in modules("workflows")
         if any(name.startswith("temporalio.workflow") for name in imported(tree))
     ]
-    assert set(users) == {f"workflows/{part}.py" for part in ("acting", "agent", "life", "over_budget", "turn")}
+    assert set(users) == {
+        f"workflows/{part}.py" for part in ("acting", "agent", "alarm", "life", "over_budget", "turn")
+    }
 
 
 def test_only_settings_touch_the_environment() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from temporalio.client import Client
 from temporalio.worker import Worker
 
 from activities.agent_state import AgentLedger
+from activities.clock import Clock
 from activities.ledger import Ledger
 from activities.mcp_servers import Servers
 from activities.memory import Memory
@@ -22,6 +24,7 @@ from workers import kafka, wiring
 from workers.settings import Settings, environment
 from workers.spawn import launcher
 from workflows.agent import AgentWorkflow
+from workflows.alarm import AlarmWorkflow
 
 # An agent of a worker that died is taken over by another after so long.
 _STICKY_TIMEOUT = timedelta(seconds=5)
@@ -52,10 +55,11 @@ def agent_worker(  # noqa: PLR0913, PLR0917  # what it is wired from
     """The worker for the agents' task queue: workflows, tools, ledger, specs, publish."""
     state = AgentLedger(ledger)
     tools = Tools(specs.tool, settings.state_dir / "tools", ledger, servers, Memory(ledger))
+    clock = Clock(client, partial(wiring.deliver, client, settings.task_queue))
     return Worker(
         client,
         task_queue=settings.task_queue,
-        workflows=[AgentWorkflow],
+        workflows=[AgentWorkflow, AlarmWorkflow],
         activities=[
             state.wake,
             state.keep_snapshot,
@@ -67,6 +71,8 @@ def agent_worker(  # noqa: PLR0913, PLR0917  # what it is wired from
             tools.run_tool,
             tools.keep_result,
             publisher.publish,
+            clock.set_alarm,
+            clock.deliver,
         ],
         workflow_runner=wiring.workflow_runner(),
         sticky_queue_schedule_to_start_timeout=_STICKY_TIMEOUT,

@@ -33,8 +33,9 @@ with workflow.unsafe.imports_passed_through():
         ToolResult,
         Waits,
     )
-    from workflows.spec import ControlSpec, ToolControl
+    from workflows.spec import ControlSpec, ToolControl, WakeUpsSpec
     from workflows.state import CurrentTurn, result_bytes
+    from workflows.wake_ups import use
 
 _CALLS_PER_STEP = 64
 _SUMMARY_CHARACTERS = 200  # Temporal takes 400 bytes
@@ -262,6 +263,8 @@ class Acting:
         if tool is None:
             offered = ", ".join(spec.tools) or "none"
             return _result(call, ToolOutcome.ERROR, f"There is no tool {call.name!r}. Tools you may call: {offered}.")
+        if tool.built_in:
+            return self._wake_ups(spec, f"{turn.number}-{step}-{number}", call)
         try:
             return await workflow.execute_activity_method(
                 interface.ToolActivities.run_tool,
@@ -288,6 +291,16 @@ class Acting:
                 reason = "It took too long or its worker died" if timed_out else f"It broke: {failure_message(error)}"
                 return self._unknown(turn, step, number, call, reason)
             return _result(call, ToolOutcome.ERROR, f"It failed {tool.attempts} times: {failure_message(error)}")
+
+    def _wake_ups(self, spec: ControlSpec, key: str, call: ToolCall) -> ToolResult:
+        """Run a tool by which the agent wakes itself: that is a change of its state, and no activity."""
+        state, now = self._life.state, workflow.now()
+        at_most = (spec.wake_ups or WakeUpsSpec()).at_most
+        try:
+            state.wake_ups, said = use(call, key, state.wake_ups, at_most=at_most, now=now)
+        except ValueError as error:
+            return _result(call, ToolOutcome.ERROR, str(error))
+        return _result(call, ToolOutcome.OK, said)
 
     def _unknown(self, turn: CurrentTurn, step: int, number: int, call: ToolCall, reason: str) -> ToolResult:
         """The result of a call of which nobody knows whether it took effect; its owner is told."""

@@ -26,6 +26,7 @@ with workflow.unsafe.imports_passed_through():
     from workflows.events import Delivery, Event
     from workflows.life import STATE_ATTRIBUTE, Life
     from workflows.messages import (
+        Alarm,
         AskRequest,
         CompleteRequest,
         DecideRequest,
@@ -40,6 +41,7 @@ with workflow.unsafe.imports_passed_through():
     )
     from workflows.state import AgentInput, AgentState, Snapshot
     from workflows.turn import Turns
+    from workflows.wake_ups import next_due
 
 _TENANT_ATTRIBUTE = SearchAttributeKey.for_keyword(names.TENANT_ATTRIBUTE)
 _AGENT_ATTRIBUTE = SearchAttributeKey.for_keyword(names.AGENT_ATTRIBUTE)
@@ -66,8 +68,12 @@ class AgentWorkflow:
 
     @workflow.signal(name=names.DELIVER)
     def deliver(self, delivery: Delivery) -> None:
-        """Events for this agent, in order. Never raises and never waits: mail is sorted in `run`."""
+        """Events for this agent, in order. Never raises and never waits: mail is sorted in `run`.
+
+        With none, the agent is only woken (`workflows.alarm`).
+        """
         self._life.inbox.extend(delivery.events)
+        self._life.woken = self._life.woken or not delivery.events
 
     @workflow.update(name=names.ASK)
     async def ask(self, request: AskRequest) -> Reply:
@@ -158,7 +164,7 @@ class AgentWorkflow:
 
     @workflow.update(name=names.STOP)
     async def stop(self, intervention: Intervention) -> Status:
-        """Finish the turn in progress, keep a snapshot and close. The next event or `ask` wakes the agent again."""
+        """Finish the turn in progress, keep a snapshot and close. The next event, `ask` or wake-up wakes it again."""
         await self._found()
         self._state.stopping = intervention
         self._life.announce(names.AGENT_STOPPED_TYPE, intervention)
@@ -317,15 +323,22 @@ class AgentWorkflow:
             )
 
     async def _mail_or_idle(self) -> bool:
-        """Wait for something to do; False when the agent has been idle for as long as its spec allows."""
+        """Wait for something to do; False when the agent has been idle for as long as its spec allows.
+
+        A wake-up that is due sooner keeps it open, and is something to do; a later one has an alarm (`_keep_snapshot`).
+        """
         held = self._state.paused or self._state.mailbox.waiting
         idle = self._state.spec.hibernate_after if self._state.spec and not held else None
+        timeout, summary = idle, "hibernate, if nothing comes"
+        first = next_due(self._state.wake_ups)
+        left = first.due - workflow.now() if first and first.due else None
+        wakes = left is not None and (idle is None or left <= idle)
+        if wakes:
+            timeout, summary = left, "wake itself"
         try:
-            await workflow.wait_condition(
-                self._has_something_to_do, timeout=idle, timeout_summary="hibernate, if nothing comes"
-            )
+            await workflow.wait_condition(self._has_something_to_do, timeout=timeout, timeout_summary=summary)
         except TimeoutError:
-            return False
+            return wakes
         return True
 
     def _may_work(self) -> bool:
@@ -341,12 +354,13 @@ class AgentWorkflow:
 
     async def _close(self) -> bool:
         """Keep a snapshot; False if mail came in the meantime, or a person's word, which a closing agent would lose."""
+        self._life.woken = False
         await workflow.wait_condition(workflow.all_handlers_finished)
         self._life.sort_mail()
         kept = self._state.rewound, self._state.paused
         await self._keep_snapshot()
         unchanged = kept == (self._state.rewound, self._state.paused)
-        return not self._life.inbox and workflow.all_handlers_finished() and unchanged
+        return not (self._life.inbox or self._life.woken) and workflow.all_handlers_finished() and unchanged
 
     async def _keep_snapshot(self) -> None:
         self._life.sort_mail()
@@ -360,6 +374,14 @@ class AgentWorkflow:
             summary=f"snapshot after turn {self._state.turn}",
             **interface.LEDGER,
         )
+        first = next_due(self._state.wake_ups)
+        if first and first.due:
+            await workflow.execute_activity_method(
+                interface.ClockActivities.set_alarm,
+                Alarm(workflow_id=self._life.id, due=first.due),
+                summary="an alarm for the next wake-up",
+                **interface.CLOCK,
+            )
 
 
 def _address(workflow_id: str) -> tuple[names.Address, str | None]:

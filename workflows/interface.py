@@ -16,9 +16,11 @@ from typing_extensions import TypedDict
 
 from workflows.budget import Lifted, LiftRecord
 from workflows.messages import (
+    Alarm,
     Approval,
     CompactRequest,
     Decision,
+    Mail,
     PublishRequest,
     Reply,
     ReplyRequest,
@@ -65,6 +67,10 @@ PUBLISH = CallOptions(
     retry_policy=RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30)),
 )
 LEDGER = CallOptions(
+    start_to_close_timeout=timedelta(seconds=30),
+    retry_policy=RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30)),
+)
+CLOCK = CallOptions(
     start_to_close_timeout=timedelta(seconds=30),
     retry_policy=RetryPolicy(initial_interval=timedelta(seconds=1), maximum_interval=timedelta(seconds=30)),
 )
@@ -165,6 +171,20 @@ class BudgetActivities(ABC):
 
         Idempotent on the request's id.
         """
+
+
+class ClockActivities(ABC):
+    """Waking agents; served by the agent worker."""
+
+    @activity.defn(name="set_alarm")
+    @abstractmethod
+    async def set_alarm(self, alarm: Alarm) -> None:
+        """Have the agent woken at this time, also if it hibernates; an alarm that was set before is changed."""
+
+    @activity.defn(name="deliver")
+    @abstractmethod
+    async def deliver(self, mail: Mail) -> None:
+        """Put events into an agent's mailbox, waking or starting it; durable when it returns."""
 
 
 class SpecActivities(ABC):

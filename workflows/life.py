@@ -35,6 +35,7 @@ with workflow.unsafe.imports_passed_through():
     )
     from workflows.spec import ControlSpec
     from workflows.state import AgentInput, AgentState
+    from workflows.wake_ups import due
 
 STATE_ATTRIBUTE = SearchAttributeKey.for_keyword(names.STATE_ATTRIBUTE)
 _ABOUT_CALLS = (names.DECIDE_TYPE, names.COMPLETE_TYPE)
@@ -57,6 +58,8 @@ class Life:
         """Replies that an `ask` still waits for, by the digest of its event."""
         self.asking: dict[str, int] = {}
         """How many `ask`s wait for the answer to an event, by its digest."""
+        self.woken = False
+        """An alarm has gone off since the agent began to close."""
         self.rewinding = asyncio.Lock()
         """Held by a rewind: no turn begins meanwhile."""
 
@@ -64,6 +67,8 @@ class Life:
         """Move mail into the mailbox. Waits for nothing, so nothing can arrive in between."""
         horizon = self.state.spec.mailbox.remember_ids if self.state.spec else _DEFAULT_HORIZON
         arrived, self.inbox = self.inbox, []
+        seen = self.state.mailbox.seen
+        fresh = [event for event in arrived if event.digest not in seen] if self.state.wake_ups else []
         duplicates = self.state.mailbox.accept(arrived, horizon=horizon)
         for number, event in enumerate(duplicates, self.state.mailbox.duplicates - len(duplicates) + 1):
             if event.digest not in self.asking:
@@ -73,6 +78,10 @@ class Life:
                     f"duplicate-{number}-{event.digest}",
                     {"source": event.source, "id": event.id, "type": event.type},
                 )
+        if self.state.wake_ups:
+            ringing, self.state.wake_ups = due(self.state.wake_ups, workflow.now(), fresh)
+            mail = [one.event(self.id, workflow.now()) for one in ringing]
+            self.state.mailbox.accept(mail, horizon=horizon)  # one that was set, and rang, before is no news
         for event in self.state.mailbox.pick(_ABOUT_CALLS, self.state.turn):
             self._heed(event)
 

@@ -409,6 +409,33 @@ class Rewound(_Message):
     """Grows with every rewind in the ledger."""
 
 
+class WakeUp(_Message):
+    """When an agent wakes itself, and why: at a time, or when an event comes, whichever is first."""
+
+    id: str
+    """TURN-STEP-NUMBER of the call that set it."""
+    note: str
+    """What the agent has to remind itself of."""
+    set_at: datetime
+    due: datetime | None = None
+    when: str = ""
+    """The type of the event; `*` stands for any text. Empty: none."""
+
+
+class Alarm(_Message):
+    """When an agent that hibernates is to be woken: the argument of `AlarmWorkflow`, and of its signal."""
+
+    workflow_id: str
+    due: datetime
+
+
+class Mail(_Message):
+    """Events for an agent; none: it is only woken."""
+
+    workflow_id: str
+    events: list[Event] = Field(default_factory=list)
+
+
 class RecentItem(_Message):
     """A line of an agent's recent life, for the Web UI and `status`."""
 
@@ -446,3 +473,5 @@ class Status(_Message):
     recent: list[RecentItem]
     open_calls: list[OpenCall] = Field(default_factory=list)
     """Tool calls that wait for people, or for an answer from outside."""
+    wake_ups: list[WakeUp] = Field(default_factory=list)
+    """When it wakes itself."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 WORKFLOW_TYPE = "AgentWorkflow"
+ALARM_TYPE = "AlarmWorkflow"
 
 # Signal, update and query names.
 DELIVER = "deliver"
@@ -24,6 +25,7 @@ CHECK_BUDGET = "check_budget"
 DECIDE = "decide"
 COMPLETE = "complete"
 STATUS = "status"
+SET_ALARM = "set"
 
 # Types of the errors with which updates are refused.
 MOVING = "Moving"
@@ -66,6 +68,8 @@ TOOL_WAITING_TYPE = "perennial.tool.waiting.v1"
 TOOL_COMPLETED_TYPE = "perennial.tool.completed.v1"
 TOOL_UNKNOWN_TYPE = "perennial.tool.unknown.v1"
 CALL_MISSED_TYPE = "perennial.call.missed.v1"
+WAKE_TYPE = "perennial.wake.v1"
+"""Of the event with which an agent wakes itself; its source is the agent."""
 
 # Types of the events by which people and systems decide about calls and answer them, as the updates do.
 DECIDE_TYPE = "perennial.approval.decide.v1"
@@ -81,6 +85,11 @@ IDEMPOTENCY_META = "perennial/idempotencyKey"
 
 READ_RESULT = "read_result"
 """The tool by which an agent reads on in a result that was too long to be shown whole; transcripts name it."""
+
+# The tools by which an agent wakes itself; transcripts name them.
+WAKE_ME = "wake_me"
+LIST_WAKE_UPS = "list_wake_ups"
+CANCEL_WAKE_UP = "cancel_wake_up"
 
 # Search attributes, so that the Web UI can filter agents.
 TENANT_ATTRIBUTE = "PerennialTenant"
@@ -166,6 +175,16 @@ def parse_call_key(text: str) -> tuple[str, int, int, int]:
     parse_workflow_id(agent)
     turn, step, call = map(int, numbers)
     return agent, turn, step, call
+
+
+def wake_id(agent: str, wake_up: str) -> str:
+    """The id of the event with which an agent wakes itself: it is the same however often it is told."""
+    return f"{agent}/wake/{wake_up}"
+
+
+def alarm_id(agent: str) -> str:
+    """The workflow id of the alarm that wakes this agent while it hibernates: `alarm/{tenant}/{agent}/{key}`."""
+    return f"alarm{agent.removeprefix(_ID_PREFIX)}"
 
 
 def memory_place(address: Address, scope: str) -> str:

@@ -17,6 +17,7 @@
     context: {tokens: 24000, compact: true}
     memory:
       read: [key, tenant]
+    wake_ups: {} # it may wake itself, at a time or when an event comes
     reply: # answers are JSON that this schema describes
       schema: {type: object, properties: {urgent: {type: boolean}}, required: [urgent]}
     budget:
@@ -251,6 +252,13 @@ class ContextSpec(_Carried):
     """Whether what would no longer fit is summed up by the model, in a step of its own, instead of being left out."""
 
 
+class WakeUpsSpec(_Carried):
+    """Whether the agent may wake itself: it is offered the tools wake_me, list_wake_ups and cancel_wake_up."""
+
+    at_most: int = Field(20, ge=1, le=50)
+    """How many wake-ups may be set at a time."""
+
+
 class Scope(StrEnum):
     """Whose a fact is that an agent has kept: who may be reminded of it."""
 
@@ -334,6 +342,10 @@ class _MemorySection(MemorySpec, _Strict):
     pass
 
 
+class _WakeUpsSection(WakeUpsSpec, _Strict):
+    pass
+
+
 class AgentSpec(_Strict):
     """One agent's definition."""
 
@@ -350,6 +362,8 @@ class AgentSpec(_Strict):
     context: _ContextSection = _ContextSection()
     memory: _MemorySection | None = None
     """What it may keep and be reminded of, beyond its conversation; `memory: {}` is the usual. None: nothing."""
+    wake_ups: _WakeUpsSection | None = None
+    """How it may wake itself, at a time or when an event comes; `wake_ups: {}` is the usual. None: not at all."""
     reply: ReplySpec | None = None
     """What its answers have to look like. None: they are text."""
     stream: bool = False
@@ -391,6 +405,8 @@ class ToolDefinition(_Carried):
     """The function, if it is one."""
     mcp: McpTool | None = None
     """The tool of an MCP server, if it is one."""
+    built_in: bool = False
+    """It is about the agent itself: the workflow runs it, not an activity."""
     timeout: timedelta = timedelta(seconds=60)
     repeatable: bool = True
     attempts: int = 5
@@ -421,6 +437,7 @@ class ResolvedSpec(_Carried):
     mailbox: MailboxSpec = MailboxSpec()
     context: ContextSpec = ContextSpec()
     memory: MemorySpec | None = None
+    wake_ups: WakeUpsSpec | None = None
     reply: ReplyForm | None = None
     stream: bool = False
     hibernate_after: timedelta | None = None
@@ -434,6 +451,7 @@ class ResolvedSpec(_Carried):
             hibernate_after=self.hibernate_after,
             compact=self.context.compact,
             repairs=self.reply.repairs if self.reply else 0,
+            wake_ups=self.wake_ups,
             tools={
                 tool.name: ToolControl(
                     timeout=tool.timeout,
@@ -441,6 +459,7 @@ class ResolvedSpec(_Carried):
                     attempts=tool.attempts,
                     approval=tool.approval,
                     answer_within=tool.answer_within,
+                    built_in=tool.built_in,
                 )
                 for tool in self.tools
             },
@@ -455,6 +474,7 @@ class ToolControl(_Carried):
     attempts: int = 5
     approval: ApprovalPolicy | None = None
     answer_within: timedelta | None = None
+    built_in: bool = False
 
     @property
     def may_wait(self) -> bool:
@@ -473,4 +493,5 @@ class ControlSpec(_Carried):
     compact: bool = False
     repairs: int = 0
     """How often an answer that does not fit its schema may be sent back in one turn."""
+    wake_ups: WakeUpsSpec | None = None
     tools: dict[str, ToolControl] = Field(default_factory=dict)

@@ -27,8 +27,10 @@ from workflows.messages import (
     TurnOutcome,
     Usage,
     Waits,
+    WakeUp,
 )
 from workflows.spec import ControlSpec
+from workflows.wake_ups import described, next_due
 
 _CARRIED_BYTES = 1_500_000
 _PUBLISH_BYTES = 512 * 1024
@@ -93,6 +95,8 @@ class AgentState(BaseModel):
     """Events decided on and not yet published."""
     settled: list[Settlement] = Field(default_factory=list)
     """Of calls that have waited, the newest."""
+    wake_ups: list[WakeUp] = Field(default_factory=list)
+    """When the agent wakes itself."""
     usage: Usage = Usage()
     cost: Cost = Cost()
     model_calls: int = 0
@@ -171,7 +175,8 @@ class AgentState(BaseModel):
     def fits(self) -> bool:
         """Whether the state can be carried in one piece: Temporal refuses what has 2 MB."""
         acting = len(self.acting.model_dump_json().encode()) if self.acting else 0
-        return self.mailbox.carried_bytes + sum(map(_size, self.outbox)) + acting <= _CARRIED_BYTES
+        own = acting + sum(len(wake_up.model_dump_json().encode()) for wake_up in self.wake_ups)
+        return self.mailbox.carried_bytes + sum(map(_size, self.outbox)) + own <= _CARRIED_BYTES
 
     def next_out(self) -> list[Outgoing]:
         """As many of the events decided on as can be published at once; at least one, if there is any."""
@@ -205,7 +210,8 @@ class AgentState(BaseModel):
             )
         if self.mailbox.waiting:
             return "working", f"about to take {len(self.mailbox.waiting)} waiting events"
-        return "idle", "waiting for events"
+        first = next_due(self.wake_ups)
+        return "idle", f"waiting for events; wakes itself {described(first)}" if first else "waiting for events"
 
     def status(self, workflow_id: str) -> Status:
         """The answer of the `status` query."""
@@ -231,6 +237,7 @@ class AgentState(BaseModel):
             spec_digest=self.spec.digest if self.spec else "",
             recent=self.recent,
             open_calls=[waiting.report for waiting in self.open_calls],
+            wake_ups=self.wake_ups,
         )
 
 

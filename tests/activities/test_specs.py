@@ -17,6 +17,7 @@ from temporalio.testing import ActivityEnvironment
 from activities.ledger import Ledger
 from activities.mcp_servers import Servers
 from activities.specs import SpecError, Specs, SpecSet, check_servers, load_agent, load_specs
+from workflows import names
 from workflows.errors import Remedy
 from workflows.messages import SpecRequest
 from workflows.spec import ControlSpec, ListedTool, McpTool, ToolControl
@@ -110,6 +111,11 @@ def test_a_folder_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> 
             ":5: memory: it brings a tool recall; rename the one among the tools",
         ),
         (
+            "name: desk\ninstructions: x\ntools:\n  - python: twins:wake_me\nwake_ups: {}\n",
+            ":5: wake_ups: it brings a tool wake_me; rename the one among the tools",
+        ),
+        ("name: desk\ninstructions: x\nwake_ups: {at_most: 51}\n", ":3: wake_ups.at_most: "),
+        (
             "name: desk\ninstructions: x\nreply:\n  schema: {type: objekt}\n",
             ":4: reply: not a JSON Schema: $.type: 'objekt' is not valid",
         ),
@@ -122,6 +128,7 @@ def test_a_mistake_is_named_with_file_line_and_field(tmp_path: Path, text: str, 
     for module in ("twins", "other_twins"):
         (tmp_path / f"{module}.py").write_text(
             "def look() -> str:\n    return ''\n\n\ndef recall() -> str:\n    return ''\n\n\n"
+            "def wake_me() -> str:\n    return ''\n\n\n"
             "def refund(amount: int) -> str:\n    return ''\n"
         )
     path = written(tmp_path, "desk.yaml", text)
@@ -191,6 +198,18 @@ def test_a_memory_brings_its_tools(tmp_path: Path, memory: str, expected: list[s
     for definition in agent.definitions:
         told = definition.description + str(definition.parameters)
         assert ("'tenant'" in told or "tenant:" in told) == ("tenant" in memory)
+
+
+def test_wake_ups_bring_their_tools_which_the_workflow_runs(tmp_path: Path) -> None:
+    """No worker has a function for them."""
+    agent = load_agent(written(tmp_path, "desk.yaml", f"{GOOD}wake_ups: {{at_most: 3}}\n"))
+    control = agent.resolved({}).control("digest")
+    assert control.wake_ups is not None
+    assert control.wake_ups.at_most == 3
+    tools = {name for name, tool in control.tools.items() if tool.built_in}
+    assert tools == {names.WAKE_ME, names.LIST_WAKE_UPS, names.CANCEL_WAKE_UP}
+    assert not tools & set(agent.tools)
+    assert load_agent(written(tmp_path, "desk.yaml", GOOD)).resolved({}).control("digest").wake_ups is None
 
 
 # Giving --------------------------------------------------------------------------------------------------------------

@@ -430,6 +430,39 @@ async def over_budget(life: Life) -> None:
     await life.stop()
 
 
+def _waking(life: Life, within: float, **spec: object) -> None:
+    """In its first turn it sets a wake-up and makes a call beside it."""
+
+    def think(request: ThinkRequest) -> Decision:
+        if request.turn > 1 or request.results:
+            return answer("; ".join(result.content for result in request.results) or "awake", request)
+        set_it = ToolCall(id="call-0", name=names.WAKE_ME, arguments=f'{{"note": "look again", "in": {within}}}')
+        wrong = ToolCall(id="call-1", name=names.WAKE_ME, arguments="{}")
+        return answer("", request, set_it, wrong, ToolCall(id="call-2", name="look"))
+
+    life.world.think_with = think
+    life.world.tool = lambda request: ToolResult(call_id=request.call.id, name="look", content="seen")
+    tools = {"look": ToolControl(), names.WAKE_ME: ToolControl(built_in=True)}
+    life.world.spec = ControlSpec.model_validate({"digest": "s", "tools": tools, "wake_ups": {}, **spec})
+
+
+async def woken(life: Life) -> None:
+    """Wakes itself while it is open."""
+    _waking(life, 2)
+    await life.deliver(event(1))
+    await life.replies(2)
+    await life.stop()
+
+
+async def alarmed(life: Life) -> None:
+    """Hibernates, and is woken by its alarm, and hibernates again."""
+    _waking(life, 4, hibernate_after=timedelta(seconds=1))
+    await life.deliver(event(1))
+    await life.handle.result()
+    await life.replies(2)
+    await life.handle.result()
+
+
 _STACK_TRACE = re.compile(r'"stackTrace": "(?:[^"\\]|\\.)*"')
 
 LIVES: tuple[Callable[[Life], Awaitable[None]], ...] = (
@@ -452,6 +485,8 @@ LIVES: tuple[Callable[[Life], Awaitable[None]], ...] = (
     refused,
     late,
     unanswered,
+    woken,
+    alarmed,
 )
 
 
@@ -469,19 +504,18 @@ async def record(wanted: list[str]) -> None:
             life = Life(client, name)
             async with life.world.workers(client, _QUEUE):
                 await script(life)
-            await _write(client, life)
+            agent = names.workflow_id(life.address)
+            await _write(client, agent, name)
+            await _write(client, names.alarm_id(agent), f"{name}_alarm")
 
 
-async def _write(client: Client, life: Life) -> None:
-    runs = [
-        run
-        async for run in client.list_workflows(f"WorkflowId = '{names.workflow_id(life.address)}'")  # newest first
-    ]
-    for old in HISTORIES.glob(f"{life.name}-*.json"):
+async def _write(client: Client, workflow_id: str, name: str) -> None:
+    runs = [run async for run in client.list_workflows(f"WorkflowId = '{workflow_id}'")]  # newest first
+    for old in HISTORIES.glob(f"{name}-*.json"):
         old.unlink()
     for number, run in enumerate(sorted(runs, key=lambda run: run.start_time), 1):
         history = await client.get_workflow_handle(run.id, run_id=run.run_id).fetch_history()
-        file = HISTORIES / f"{life.name}-{number}.json"
+        file = HISTORIES / f"{name}-{number}.json"
         # Where in our files an activity failed is of this machine, and of no use to a replay.
         file.write_text(_STACK_TRACE.sub('"stackTrace": ""', history.to_json()) + "\n", encoding="utf-8")
         print(f"{file}: {len(history.events)} events")  # noqa: T201  # this is a command

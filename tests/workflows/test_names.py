@@ -15,6 +15,12 @@ ADDRESSES = st.builds(Address, PARTS, PARTS, PARTS)
 
 GOLDEN = {
     "WORKFLOW_TYPE": "AgentWorkflow",
+    "ALARM_TYPE": "AlarmWorkflow",
+    "SET_ALARM": "set",
+    "WAKE_TYPE": "perennial.wake.v1",
+    "WAKE_ME": "wake_me",
+    "LIST_WAKE_UPS": "list_wake_ups",
+    "CANCEL_WAKE_UP": "cancel_wake_up",
     "STREAM_TOPIC": "agents.stream",
     "STREAM_TYPE": "perennial.stream.v1",
     "MOVING": "Moving",
@@ -115,6 +121,8 @@ def test_ids_of_what_an_agent_produces_never_change() -> None:
     assert names.call_key(agent, 3, 2) == "agent/acme/logistics/order-42/3/2"
     assert names.call_key(agent, 3, 2, 0) == "agent/acme/logistics/order-42/3/2/0"
     assert names.delta_id(agent, 3, 2, 1, 7) == "agent/acme/logistics/order-42/3/2/1/7"
+    assert names.wake_id(agent, "3-2-0") == "agent/acme/logistics/order-42/wake/3-2-0"
+    assert names.alarm_id(agent) == "alarm/acme/logistics/order-42"
     assert names.model_queue("perennial") == "perennial.models"
 
 

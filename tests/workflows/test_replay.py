@@ -19,6 +19,7 @@ from typing_extensions import override
 from workers.wiring import workflow_runner
 from workflows import names
 from workflows.agent import AgentWorkflow
+from workflows.alarm import AlarmWorkflow
 from workflows.messages import Decision
 from workflows.state import AgentInput, CurrentTurn
 from workflows.turn import Turns
@@ -44,6 +45,9 @@ LIVES = (
     "refused",
     "late",
     "unanswered",
+    "woken",
+    "alarmed",
+    "alarmed_alarm",
 )
 
 
@@ -77,7 +81,9 @@ def history(file: Path) -> WorkflowHistory:
 
 
 async def replay(file: Path, agent: type[AgentWorkflow], runner: WorkflowRunner) -> None:
-    replayer = Replayer(workflows=[agent], data_converter=pydantic_data_converter, workflow_runner=runner)
+    replayer = Replayer(
+        workflows=[agent, AlarmWorkflow], data_converter=pydantic_data_converter, workflow_runner=runner
+    )
     await replayer.replay_workflow(history(file))
 
 

@@ -1,0 +1,56 @@
+"""Waking agents: the alarm of an agent that hibernates, and mail that is not from Kafka.
+
+clock = Clock(client, partial(wiring.deliver, client, task_queue))
+activities = [clock.set_alarm, clock.deliver]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from temporalio import activity
+from temporalio.client import Client
+from temporalio.common import WorkflowIDConflictPolicy, WorkflowIDReusePolicy
+from typing_extensions import override
+
+from workflows import names
+from workflows.events import Event
+from workflows.interface import ClockActivities
+from workflows.messages import Alarm, Mail
+
+Deliver = Callable[[names.Address, Sequence[Event]], Awaitable[None]]
+"""Puts events into an agent's mailbox, waking or starting it; with none it only does that."""
+
+
+class Clock(ClockActivities):
+    """Wakes agents, by way of Temporal.
+
+    Args:
+        client: of the namespace that the agents live in.
+        deliver: hands an agent its mail.
+    """
+
+    def __init__(self, client: Client, deliver: Deliver) -> None:
+        self._client = client
+        self._deliver = deliver
+
+    @override
+    @activity.defn(name="set_alarm")
+    async def set_alarm(self, alarm: Alarm) -> None:
+        address = names.parse_workflow_id(alarm.workflow_id)
+        await self._client.start_workflow(
+            names.ALARM_TYPE,
+            alarm,
+            id=names.alarm_id(alarm.workflow_id),
+            task_queue=activity.info().task_queue,
+            static_summary=f"wakes {address.agent} for {address.key}",
+            id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+            id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+            start_signal=names.SET_ALARM,
+            start_signal_args=[alarm],
+        )
+
+    @override
+    @activity.defn(name="deliver")
+    async def deliver(self, mail: Mail) -> None:
+        await self._deliver(names.parse_workflow_id(mail.workflow_id), mail.events)
