@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from held import hold_inserts, is_written, let_go
 from servers import eventually
 from stack import ANY_PORTS, Stack
 from temporalio.api.enums.v1 import PendingActivityState
@@ -117,14 +118,10 @@ async def test_a_fact_is_kept_once_whatever_dies_while_it_is_kept(stack: Stack, 
     path = sqlite_file(stack.ledger_url)
     assert path
     with closing(sqlite3.connect(path, isolation_level=None)) as database:
-        end = 2 * 10**7 if done else 10**11
-        numbers = (
-            f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {end}) SELECT max(i) FROM n"
-        )
-        database.execute(f"CREATE TRIGGER hold AFTER INSERT ON facts BEGIN SELECT ({numbers}); END")
+        hold_inserts(database, "facts", ends=done)
         await stack.send(letter(key, f"[[call remember {fact}]]"))
         await eventually(lambda: _in_tool(stack, key))
-        await eventually(lambda: _is_written(database))
+        await eventually(lambda: is_written(database))
         if done:
             stack.kill(TEMPORAL, signal.SIGSTOP)
             kept = "SELECT count(*) FROM facts WHERE workflow_id = ?"
@@ -132,8 +129,8 @@ async def test_a_fact_is_kept_once_whatever_dies_while_it_is_kept(stack: Stack, 
         killed = (AGENT, TEMPORAL) if done else (AGENT,)
         for process in killed:
             stack.kill(process)
-        await eventually(lambda: not _is_written(database))
-        database.execute("DROP TRIGGER hold")
+        await eventually(lambda: not is_written(database))
+        let_go(database)
         for process in reversed(killed):
             await stack.ready_again(process)
     await stack.all_answered()
@@ -142,15 +139,6 @@ async def test_a_fact_is_kept_once_whatever_dies_while_it_is_kept(stack: Stack, 
     assert [one.fact.text for one in facts] == ["Leave parcels with Okafor."]
     assert await _tries(stack, key) == 2, "it was made again, since Temporal did not know of it"
     assert (await stack.tally()).kept
-
-
-def _is_written(database: sqlite3.Connection) -> bool:
-    """Whether somebody is in the middle of writing to the database, and takes his time."""
-    try:
-        database.execute("PRAGMA busy_timeout = 200").execute("BEGIN IMMEDIATE").execute("ROLLBACK")
-    except sqlite3.OperationalError:
-        return True
-    return False
 
 
 async def _in_tool(stack: Stack, key: str) -> bool:
