@@ -158,6 +158,8 @@ def reply_of(entries: list[Entry], form: Form | None = None) -> Reply:
     reading = form.read(last.answer.text) if form and last.answer and not unfinished else Reading()
     if reading.faults:
         error = repair.failure(reading.faults)
+    elif form is None and not error and last.answer and not last.answer.text.strip():
+        error = repair.NOTHING
     return Reply(
         id=names.reply_id(last.workflow_id, last.turn, 0),
         workflow_id=last.workflow_id,

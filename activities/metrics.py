@@ -56,6 +56,9 @@ _TURN_SECONDS = Histogram(
 _REPLIES = Counter("perennial_replies_total", "Replies published.", ["agent"])
 _TOOL_CALLS = Counter("perennial_tool_calls_total", "Tool calls that ended.", ["tool", "outcome"])
 _TOOL_SECONDS = Histogram("perennial_tool_call_seconds", "Duration of a tool call.", ["tool"], buckets=_SECONDS)
+_HUNG = Gauge(
+    "perennial_tool_hung_threads", "Calls of sync tools that were given up and have not returned since.", ["tool"]
+)
 
 _MODEL_CALLS = Counter("perennial_model_calls_total", "Model calls that ended.", ["pool", "model", "outcome"])
 _MODEL_SECONDS = Histogram(
@@ -67,7 +70,7 @@ _COMPACTIONS = Counter(
 _TOKENS = Counter("perennial_tokens_total", "Tokens used by model calls.", ["pool", "model", "direction"])
 _REPAIRS = Counter(
     "perennial_reply_repairs_total",
-    "Answers that did not fit their schema and were sent back; outcome: fits, unfit, or other (tools were called).",
+    "Answers that were sent back, being empty or unfit; outcome: fits, unfit, or other (tools were called).",
     ["outcome"],
 )
 _SPEND = Counter(
@@ -187,6 +190,11 @@ def tool_call(tool: str, outcome: str, seconds: float) -> None:
     """A tool call has ended."""
     _TOOL_CALLS.labels(tool, outcome).inc()
     _TOOL_SECONDS.labels(tool).observe(seconds)
+
+
+def hung_threads(tool: str, threads: int) -> None:
+    """So many calls of a sync tool were given up and hang on this worker."""
+    _HUNG.labels(tool).set(threads)
 
 
 def model_call(pool: str, model: str, outcome: str, seconds: float) -> None:

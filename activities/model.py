@@ -413,12 +413,13 @@ def decision(entry: Entry, form: Form | None = None, cost: Cost = Cost()) -> Dec
         error=entry.error,
         data=reading.data,
         faults=reading.faults,
+        empty=form is None and answer is not None and final and not answer.text.strip(),
         cost=cost,
     )
 
 
 def _repaired(decided: Decision) -> str:
     """What came of an answer that was sent back, as the metric names it."""
-    if decided.faults:
+    if decided.faults or decided.empty:
         return "unfit"
     return "other" if decided.error or decided.tool_calls else "fits"

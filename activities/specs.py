@@ -147,6 +147,7 @@ def _remote_definition(server: McpSpec, tool: ListedTool) -> ToolDefinition:
         timeout=timedelta(seconds=server.timeout_seconds),
         repeatable=tool.repeatable if server.repeatable is None else server.repeatable,
         attempts=server.attempts,
+        polls=server.polls,
         approval=server.approval.policy if server.approval else None,
     )
 

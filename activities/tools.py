@@ -3,7 +3,7 @@
 A Python tool is an ordinary function, sync or async. Its signature and docstring tell the model how to call it; what it
 returns is shown to the model. It says that it was asked for the wrong thing by raising ValueError itself (no subclass:
 those are raised by parsers and libraries), which the model is shown too; any other exception means that it broke, and
-it is tried again if the spec says it is repeatable.
+it is tried again if the spec says it is repeatable. A sync one has a thread of its own (activities/threads.py).
 
     def look_up_order(order_id: str) -> dict[str, str]:
         \"\"\"Look up an order by its number, such as order-1042.\"\"\"
@@ -13,6 +13,7 @@ A tool with a side effect takes the key under which a repetition is recognised f
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import importlib
 import inspect
@@ -40,6 +41,7 @@ from activities.ledger import Ledger
 from activities.mcp_servers import Lost, NotRun, Servers
 from activities.memory import Memory
 from activities.results import Results
+from activities.threads import HungError, Threads
 from workflows import names
 from workflows.errors import NOT_RUN, Remedy, activity_error
 from workflows.interface import ToolActivities
@@ -138,6 +140,7 @@ def define(spec: ToolSpec, tool: Tool[None]) -> ToolDefinition:
         timeout=timedelta(seconds=spec.timeout_seconds),
         repeatable=spec.repeatable,
         attempts=spec.attempts,
+        polls=spec.polls,
         approval=spec.approval.policy if spec.approval else None,
         answer_within=timedelta(seconds=spec.answer_within_seconds) if spec.answers == "later" else None,
     )
@@ -168,6 +171,7 @@ class Tools(ToolActivities):
         self._servers = servers
         self._memory = memory
         self._results = Results(ledger)
+        self._threads = Threads()
         self._remote: dict[str, dict[str, tuple[McpTool, McpServer]]] = {}
         """The tools of MCP servers of each spec by its digest: what the ledger has under it never changes."""
 
@@ -226,7 +230,8 @@ class Tools(ToolActivities):
         """Call a tool of an MCP server."""
         try:
             arguments = json.loads(request.call.arguments or "{}")
-        except ValueError as error:
+            json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()  # or it could not be sent
+        except (ValueError, RecursionError) as error:
             return f"Wrong arguments: {error}", ToolOutcome.ERROR
         if not isinstance(arguments, dict):
             return "Wrong arguments: they are no JSON object", ToolOutcome.ERROR
@@ -247,14 +252,28 @@ class Tools(ToolActivities):
         context = ToolCallContext(
             request.idempotency_key, self._workspace, request.workflow_id, request.turn, self._memory
         )
-        with call_context(context):
-            try:
+        try:
+            with call_context(context), self._threads.calling(tool.name):
                 value = await schema.call(arguments, _NO_RUN_CONTEXT)
-            except ValueError as error:
-                if type(error) is not ValueError:
-                    raise  # a parser's or a library's, not the tool's own words: it broke, perhaps after its effect
-                return str(error) or repr(error), ToolOutcome.ERROR
+        except HungError as error:
+            raise _not_run(f"{tool.name} was not run: {error}") from error
+        except ValueError as error:
+            if type(error) is not ValueError:
+                raise  # a parser's or a library's, not the tool's own words: it broke, perhaps after its effect
+            return str(error) or repr(error), ToolOutcome.ERROR
+        except Exception:
+            raise
+        except BaseException as error:  # such as sys.exit(), which must not end the worker
+            if _is_cancelled():
+                raise
+            raise RuntimeError(f"it raised {type(error).__name__}") from error
         return _as_text(value), ToolOutcome.OK
+
+
+def _is_cancelled() -> bool:
+    """Whether this call was cancelled, and not only something in it."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _not_run(message: str) -> ApplicationError:

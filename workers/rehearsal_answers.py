@@ -9,6 +9,7 @@ is kept here. Directives stand in the text of a message, or anywhere in an event
     [[error 429 retry-after=2 times=3]]     an error, the first three times for one Idempotency-Key; else always
     [[cut]]  [[hang]]               break off in the middle of the body; never answer (both know `times` too)
     [[say some text]]               the answer
+    [[empty]]                       an answer that says nothing; when it was sent back, what `again` says, if it does
     [[again some text]]             the answer when that was sent back; another one, when that was too, and so on
     [[call tool {"json": "args"} x5]]       call this tool, five times one after the other, then answer
 """
@@ -35,7 +36,7 @@ _MOST_STEPS = 100
 """So many times a turn calls tools; then it answers, whatever it was told."""
 _QUOTED_CHARACTERS = 300
 
-_DIRECTIVE = re.compile(r"\[\[(latency|error|cut|hang|say|again|call)\b\s*")
+_DIRECTIVE = re.compile(r"\[\[(latency|error|cut|hang|say|empty|again|call)\b\s*")
 _ERROR = re.compile(r"([45]\d\d)(?:\s+retry-after=(\d+(?:\.\d+)?))?(?:\s+times=(\d+))?")
 _TIMES = re.compile(r"(?:times=(\d+))?")
 _CALL = re.compile(r"([\w.-]+)\s*")
@@ -111,6 +112,7 @@ class _Directives:
     latency: Latency | None = None
     failures: list[Failure] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    empty: bool = False
     again: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
 
@@ -161,12 +163,14 @@ def decide(request: ChatRequest, rules: Rules) -> Decision:
         answer = _answer(request, rules, told, directives, turn, tools_allowed=tools_allowed)
         latencies += [directives.latency] if directives.latency else []
         failures += directives.failures
-        as_directed = as_directed or bool(directives.said)
+        as_directed = as_directed or bool(directives.said) or directives.empty
         calls += answer.calls
         said.append(answer.text)
         turn.before.messages.append(told.text or content)
     schema = None if as_directed else schema_asked_for(_instructions(request))
-    text = in_form(schema, said) if schema else "\n\n".join(filter(None, said)) or _NOTHING
+    text = in_form(schema, said) if schema else "\n\n".join(filter(None, said))
+    if not (text or said):
+        text = _NOTHING
     return Decision(
         answer=Answer(calls=calls) if calls else Answer(text),
         latency=max(latencies, key=lambda latency: latency.most, default=None),
@@ -191,7 +195,7 @@ def _answer(  # noqa: PLR0913  # what an answer is made of
     tools_allowed: bool,
 ) -> Answer:
     """The answer to one message of the turn."""
-    if directives.calls or directives.said:
+    if directives.calls or directives.said or directives.empty:
         if turn.sent_back and directives.again:
             directives.said = [directives.again[min(turn.sent_back, len(directives.again)) - 1]]
         return _as_directed(directives, turn.result_of, tools_allowed=tools_allowed)
@@ -225,7 +229,7 @@ def _turn(messages: Sequence[ChatMessage]) -> _Turn:
     past = ((content, read_event(content)) for content in _users(messages[:begin]))
     before = Before([told.text or content for content, told in past if told], called)
     turn = _Turn(before=before, told=_users(messages[begin:]), steps=0, results={}, called=set())
-    turn.sent_back = sum(_is_sent_back(messages, number) for number in range(begin, len(messages)))
+    turn.sent_back = sum(content.startswith(repair.WRONG) for content in _users(messages[begin:]))
     identities: dict[str, str] = {}
     for message in messages[begin:]:
         turn.steps += bool(message.tool_calls)
@@ -279,6 +283,8 @@ def _read_directive(text: str, begun: re.Match[str], found: _Directives) -> int:
     match begun[1]:
         case "latency":
             found.latency = Latency.parse(argument)
+        case "empty" if not argument:
+            found.empty = True
         case "say":
             found.said.append(argument)
         case "again":
@@ -328,6 +334,8 @@ def _as_directed(directives: _Directives, result_of: ResultOf, *, tools_allowed:
             results.append((call.tool, result.value))
         elif tools_allowed:
             return Answer(calls=[call])
+    if directives.empty and not directives.said:
+        return Answer()
     return Answer(" ".join(directives.said) or reported(results) or _NOTHING)
 
 

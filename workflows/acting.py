@@ -17,11 +17,11 @@ from temporalio.exceptions import ActivityError, ApplicationError, is_cancelled_
 from temporalio.exceptions import TimeoutError as ActivityTimeoutError
 
 with workflow.unsafe.imports_passed_through():
-    from workflows import interface, names
+    from workflows import interface, names, repeats
     from workflows.approval import Permission, judge
     from workflows.calls import StepCalls, Waiting, shortened_arguments, told
     from workflows.errors import NOT_RUN, failure_message
-    from workflows.life import STATE_ATTRIBUTE, Life
+    from workflows.life import STATE_ATTRIBUTE, Life, count
     from workflows.messages import (
         Approval,
         Missed,
@@ -40,6 +40,7 @@ with workflow.unsafe.imports_passed_through():
 _CALLS_PER_STEP = 64
 _SUMMARY_CHARACTERS = 200  # Temporal takes 400 bytes
 _UNKNOWN_IS_TOLD = "unknown-outcomes-are-told"
+_REPEATS_END = "repeated-calls-end"
 
 
 class Acting:
@@ -52,22 +53,40 @@ class Acting:
 
     async def act(self, spec: ControlSpec, turn: CurrentTurn, wanted: Sequence[ToolCall]) -> list[ToolResult]:
         """Make these calls side by side; their results, in their order, once all have one."""
+        results = await self._results(spec, turn, wanted)
+        turn.repeats = repeats.noted(turn.repeats, wanted, results)
+        return results
+
+    async def _results(self, spec: ControlSpec, turn: CurrentTurn, wanted: Sequence[ToolCall]) -> list[ToolResult]:
         if turn.acting is None:
-            made = wanted[:_CALLS_PER_STEP]
-            too_many = f"Not run: a step may call {_CALLS_PER_STEP} tools. Call it again in the next one."
-            left_out = {
-                number: _result(call, ToolOutcome.ERROR, too_many)
-                for number, call in enumerate(wanted)
-                if number >= _CALLS_PER_STEP
-            }
+            left_out = self._left_out(spec, turn, wanted)
+            made = [(number, call) for number, call in enumerate(wanted) if number not in left_out]
             step = turn.step - 1
-            if not any(_may_wait(spec, call) for call in made):
+            if not any(_may_wait(spec, call) for _, call in made):
                 room = result_bytes(len(made))
-                calls = (self._run(spec, turn, step, number, call, room) for number, call in enumerate(made))
-                return [*await asyncio.gather(*calls), *left_out.values()]
+                done = await asyncio.gather(*(self._run(spec, turn, step, number, call, room) for number, call in made))
+                results = left_out | {number: result for (number, _), result in zip(made, done, strict=True)}
+                return [results[number] for number in range(len(wanted))]
             turn.acting = StepCalls(step=step, calls=list(wanted), results=left_out)
         await self._all_ended(spec, turn, turn.acting)
         return [turn.acting.results[number] for number in range(len(turn.acting.calls))]
+
+    def _left_out(self, spec: ControlSpec, turn: CurrentTurn, wanted: Sequence[ToolCall]) -> dict[int, ToolResult]:
+        """The results of calls that are not made: they are too many, or made again and again."""
+        too_many = f"Not run: a step may call {_CALLS_PER_STEP} tools. Call it again in the next one."
+        left_out = {
+            number: _result(call, ToolOutcome.ERROR, too_many)
+            for number, call in enumerate(wanted)
+            if number >= _CALLS_PER_STEP
+        }
+        for number, call in enumerate(wanted[:_CALLS_PER_STEP]):
+            tool = spec.tools.get(call.name)
+            again = repeats.times(turn.repeats, call) >= repeats.MOST and not (tool and tool.polls)
+            if again and workflow.patched(_REPEATS_END):
+                left_out[number] = _result(call, ToolOutcome.ERROR, repeats.refusal(call))
+                turn.not_repeated += 1
+                self._life.state.note(workflow.now(), f"{call.name} not made again: {repeats.MOST} times the same")
+        return left_out
 
     async def _all_ended(self, spec: ControlSpec, turn: CurrentTurn, acting: StepCalls) -> None:
         """Make the calls that have no result yet; look after the agent while they wait."""
@@ -290,7 +309,9 @@ class Acting:
             if not tool.repeatable or timed_out:
                 reason = "It took too long or its worker died" if timed_out else f"It broke: {failure_message(error)}"
                 return self._unknown(turn, step, number, call, reason)
-            return _result(call, ToolOutcome.ERROR, f"It failed {tool.attempts} times: {failure_message(error)}")
+            return _result(
+                call, ToolOutcome.ERROR, f"It failed {count(tool.attempts, 'time')}: {failure_message(error)}"
+            )
 
     def _wake_ups(self, spec: ControlSpec, key: str, call: ToolCall) -> ToolResult:
         """Run a tool by which the agent wakes itself: that is a change of its state, and no activity."""

@@ -115,6 +115,8 @@ class Decision(_Message):
     """The answer as JSON, if the agent's spec has a schema for it and the answer fits."""
     faults: list[str] = Field(default_factory=list)
     """What is wrong with the answer, if it does not."""
+    empty: bool = False
+    """Whether the model has said nothing and called nothing."""
     cost: Cost = Cost()
     refused: Refusal | None = None
     """Why no call was made, and nothing recorded: it might have broken a limit of the budget."""
@@ -260,6 +262,8 @@ class TurnSummary(_Message):
     usage: Usage = Usage()
     error: str | None = None
     cost: Cost = Cost()
+    not_repeated: int = 0
+    """Tool calls that were not made, since they had been made again and again with the same result."""
 
 
 class PublishRequest(_Message):

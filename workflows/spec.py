@@ -131,6 +131,9 @@ class ToolSpec(_Strict):
     """Whether a call whose outcome is unknown may be made again, with the same idempotency key."""
     attempts: int = Field(5, ge=1, le=100)
     """How often a repeatable call is tried before its error is shown to the model."""
+    polls: bool = False
+    """Whether the model may ask the same again and again, such as whether something is done. Else a call that had the
+    same result three times in a row is not made a fourth time in that turn."""
 
 
 class McpServer(_Carried):
@@ -171,6 +174,8 @@ class McpSpec(McpServer, _Strict):
     `perennial/idempotencyKey`; only a server that knows it makes use of it."""
     attempts: int = Field(5, ge=1, le=100)
     """How often a repeatable call is tried before its error is shown to the model."""
+    polls: bool = False
+    """Whether the model may ask the same again and again, see `ToolSpec.polls`."""
 
     @model_validator(mode="after")
     def _is_one_kind(self) -> Self:
@@ -410,6 +415,7 @@ class ToolDefinition(_Carried):
     timeout: timedelta = timedelta(seconds=60)
     repeatable: bool = True
     attempts: int = 5
+    polls: bool = False
     approval: ApprovalPolicy | None = None
     answer_within: timedelta | None = None
     """How long an answer from outside is waited for; None: what the tool returns is the answer."""
@@ -457,6 +463,7 @@ class ResolvedSpec(_Carried):
                     timeout=tool.timeout,
                     repeatable=tool.repeatable,
                     attempts=tool.attempts,
+                    polls=tool.polls,
                     approval=tool.approval,
                     answer_within=tool.answer_within,
                     built_in=tool.built_in,
@@ -472,6 +479,7 @@ class ToolControl(_Carried):
     timeout: timedelta = timedelta(seconds=60)
     repeatable: bool = True
     attempts: int = 5
+    polls: bool = False
     approval: ApprovalPolicy | None = None
     answer_within: timedelta | None = None
     built_in: bool = False

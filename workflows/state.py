@@ -29,6 +29,7 @@ from workflows.messages import (
     Waits,
     WakeUp,
 )
+from workflows.repeats import Repeat
 from workflows.spec import ControlSpec
 from workflows.wake_ups import described, next_due
 
@@ -56,8 +57,14 @@ class CurrentTurn(BaseModel):
     """What is wrong with the last answer, which the model has not been told yet; empty: nothing is."""
     repairs: int = 0
     """How often it was told so in this turn."""
+    empty: int = 0
+    """How often it was asked again in this turn, since it had answered with nothing."""
     acting: StepCalls | None = None
     """The tool calls of the step before, while some of them wait."""
+    repeats: list[Repeat] = Field(default_factory=list)
+    """The tool calls of the step before, to know them again."""
+    not_repeated: int = 0
+    """How many tool calls were not made, since they had been made again and again with the same result."""
     usage: Usage = Usage()
     tool_calls: int = 0
     cost: Cost = Cost()

@@ -10,7 +10,7 @@ from temporalio import workflow
 from temporalio.exceptions import ActivityError, is_cancelled_exception
 
 with workflow.unsafe.imports_passed_through():
-    from workflows import interface, names, repair
+    from workflows import interface, names, repair, repeats
     from workflows.acting import Acting
     from workflows.errors import failure_message
     from workflows.life import Life, count
@@ -71,7 +71,7 @@ class Turns:
                 self._state.record_tools(turn, await self._acting.act(spec, turn, turn.acting.calls))
                 self._life.continue_as_new_if_due()
                 continue
-            last = turn.step >= spec.budget.steps_per_turn
+            last = turn.step >= spec.budget.steps_per_turn or repeats.insists(turn.repeats)
             decision = await workflow.execute_activity_method(
                 interface.ModelActivities.think,
                 ThinkRequest(
@@ -170,6 +170,7 @@ class Turns:
             usage=turn.usage,
             error=decision.error,
             cost=turn.cost,
+            not_repeated=turn.not_repeated,
         )
         self._state.outbox.append(self._life.reply_event(reply))
         kind = names.TURN_FAILED_TYPE if failed else names.TURN_COMPLETED_TYPE

@@ -257,6 +257,13 @@ def test_catching_up_bit_by_bit_comes_to_the_same(turns: list[list[int]], waitin
     ]
 
 
+def test_the_reply_of_a_turn_whose_model_said_nothing_says_so() -> None:
+    """As it did when it was given."""
+    nothing = [UserMessage(text="Where?"), AssistantMessage(text=" ")]
+    reply = reply_of([step(1, 1, 1, messages=nothing)])
+    assert (reply.outcome, reply.error) == (TurnOutcome.FAILED, repair.NOTHING)
+
+
 async def test_the_reply_of_an_agent_whose_answers_have_a_schema_is_found_whole(ledger: Ledger) -> None:
     """Read again from what is recorded, it is the reply that was given: with its data, or failed, and why."""
     spec = ResolvedSpec(

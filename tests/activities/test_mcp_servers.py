@@ -90,6 +90,10 @@ class Caller:
     async def __call__(
         self, tool: str, environment: ActivityEnvironment | None = None, /, **arguments: Any
     ) -> ToolResult:
+        return await self.with_text(tool, json.dumps(arguments), environment)
+
+    async def with_text(self, tool: str, arguments: str, environment: ActivityEnvironment | None = None) -> ToolResult:
+        """Call it with arguments as a model wrote them."""
         definition = ToolDefinition(name=f"x_{tool}", mcp=McpTool(server="x", tool=tool))
         spec = ResolvedSpec(
             name="desk", tenant="store", instructions="Answer.", tools=[definition], servers={"x": self._server}
@@ -97,7 +101,7 @@ class Caller:
         request = ToolRequest(
             workflow_id=AGENT,
             turn=1,
-            call=ToolCall(id="1", name=definition.name, arguments=json.dumps(arguments)),
+            call=ToolCall(id="1", name=definition.name, arguments=arguments),
             spec_digest=await self._ledger.put_spec(spec),
             idempotency_key=f"{AGENT}/1/1/0",
         )
@@ -272,6 +276,28 @@ async def test_a_result_that_its_own_schema_does_not_allow_is_an_error_after_the
     result = await Caller(servers, ledger, raw([tool], answer=answer))("look")
     assert result.outcome is ToolOutcome.ERROR
     assert "'n' is a required property" in result.content
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("{", "Expecting"),
+        ("[]", "they are no JSON object"),
+        ('{"text": NaN}', "not JSON compliant"),
+        ('{"text": "\\ud800"}', "surrogates not allowed"),
+        ('{"text": ' + "[" * 100_000, "recursion"),
+    ],
+)
+async def test_arguments_that_cannot_be_sent_are_shown_to_the_model(
+    servers: Servers, ledger: Ledger, tmp_path: Path, arguments: str, complaint: str
+) -> None:
+    """The server is not asked, and its session goes on."""
+    call = Caller(servers, ledger, over_stdio(tmp_path))
+    refused = await call.with_text("note", arguments)
+    assert refused.outcome is ToolOutcome.ERROR
+    assert refused.content.startswith("Wrong arguments: ")
+    assert complaint in refused.content
+    assert (await call("note", text="fine")).outcome is ToolOutcome.OK
 
 
 # Faults --------------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ GOLDEN = {
     "perennial_replies_total": ("agent",),
     "perennial_tool_calls_total": ("tool", "outcome"),
     "perennial_tool_call_seconds": ("tool",),
+    "perennial_tool_hung_threads": ("tool",),
     "perennial_model_calls_total": ("pool", "model", "outcome"),
     "perennial_model_call_seconds": ("pool", "model"),
     "perennial_compactions_total": ("outcome",),
@@ -83,7 +84,9 @@ def test_names_and_labels_never_change() -> None:
 def test_names_follow_the_conventions_and_labels_are_bounded() -> None:
     """Prometheus: our prefix, base units at the end, `_total` for what only grows."""
     for name, labels in defined().items():
-        assert re.fullmatch(r"perennial(_[a-z]+)+_(total|seconds|events|records|deliveries|partitions)", name), name
+        assert re.fullmatch(
+            r"perennial(_[a-z]+)+_(total|seconds|events|records|deliveries|partitions|threads)", name
+        ), name
         assert set(labels) <= LABELS, name
 
 
@@ -119,6 +122,7 @@ X = uuid.uuid4().hex
         (lambda: metrics.reply(X), "perennial_replies_total", {"agent": X}, 1),
         (lambda: metrics.tool_call(X, "ok", 2), "perennial_tool_calls_total", {"tool": X, "outcome": "ok"}, 1),
         (lambda: metrics.tool_call(X, "ok", 2), "perennial_tool_call_seconds_sum", {"tool": X}, 2),
+        (lambda: metrics.hung_threads(X, 2), "perennial_tool_hung_threads", {"tool": X}, 2),
         (lambda: metrics.delta(X), "perennial_stream_records_total", {"outcome": X}, 1),
         (lambda: metrics.reply_repair(X), "perennial_reply_repairs_total", {"outcome": X}, 1),
         (

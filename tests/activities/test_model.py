@@ -581,6 +581,17 @@ async def test_an_agent_without_a_schema_is_told_of_none(tmp_path: Path) -> None
     assert agent.server.requests[0]["messages"][0]["content"] == "Ship things."
 
 
+async def test_an_answer_that_says_nothing_is_told_apart(tmp_path: Path) -> None:
+    """Neither text nor calls; and where answers have a schema, its faults say so."""
+    calling = said(None, ("c1", "look", "{}"), finish="tool_calls")
+    async with world(tmp_path, said(" \n"), said("Here."), calling) as agent:
+        assert [(await agent.think(SHIPPED, turn=turn)).empty for turn in (1, 2, 3)] == [True, False, False]
+    (tmp_path / "form").mkdir()
+    async with world(tmp_path / "form", said(""), reply=NUMBERED) as agent:
+        decided = await agent.think(SHIPPED)
+    assert (decided.empty, bool(decided.faults)) == (False, True)
+
+
 # Streaming -----------------------------------------------------------------------------------------------------------
 
 

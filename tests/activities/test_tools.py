@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from enum import StrEnum
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from pydantic_ai.tools import Tool
+from servers import eventually
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
 
@@ -157,6 +159,9 @@ async def test_what_a_tool_returns_is_shown_as_text(
         (add, {"first": "x", "second": "y"}, "; second: "),
         (add, "first=1", "arguments: Invalid JSON"),
         (add, "[1]", "arguments: "),
+        (add, "[" * 100_000, "arguments: Invalid JSON"),
+        (add, '{"first": NaN}', "first: "),
+        (refuse, '{"reason": "\\ud800"}', "arguments: Invalid JSON"),
         (
             send,
             {"parcel": {"size": "huge", "grams": 5}, "labels": []},
@@ -248,6 +253,41 @@ async def test_a_parsers_complaint_is_not_the_tools_own_word() -> None:
 
     with pytest.raises(json.JSONDecodeError):
         await call(pay)
+
+
+@pytest.mark.parametrize("interrupts", [SystemExit(3), KeyboardInterrupt(), asyncio.CancelledError(), StopIteration()])
+@pytest.mark.parametrize("slowly", [False, True])
+async def test_a_tool_that_wants_to_end_the_process_only_breaks(interrupts: BaseException, slowly: bool) -> None:
+    """`sys.exit()` in a function of somebody's own ends neither the worker nor the wait for the call."""
+
+    def leave() -> str:
+        raise interrupts
+
+    async def leave_slowly() -> str:
+        await asyncio.sleep(0)
+        raise interrupts
+
+    with pytest.raises(RuntimeError, match=type(interrupts).__name__):
+        await call(leave_slowly if slowly else leave)
+
+
+async def test_a_sync_tool_that_hangs_is_given_up() -> None:
+    """Its thread is left behind: the call that was cancelled ends at once."""
+    begun, release = threading.Event(), threading.Event()
+
+    def hang() -> str:
+        begun.set()
+        release.wait()
+        return ""
+
+    task = asyncio.create_task(call(hang))
+    await eventually(begun.is_set)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.timeout(10):
+            await task
+    assert (await call(add, {"first": 1})).content == "2"
+    release.set()
 
 
 # Long results, and what is no result ---------------------------------------------------------------------------------
@@ -343,6 +383,9 @@ class Silent:
 
 _LOOP: list[Any] = []
 _LOOP.append(_LOOP)
+_DEEP: list[Any] = []
+for _ in range(100_000):
+    _DEEP = [_DEEP]
 
 
 @pytest.mark.parametrize(
@@ -350,6 +393,9 @@ _LOOP.append(_LOOP)
     [
         (b"\xff\xfe", "b'\\xff\\xfe'"),
         (_LOOP, "[[...]]"),
+        (_DEEP, "(what list holds can't be shown)"),
+        (bytearray(b"\xff"), "bytearray(b'\\xff')"),
+        ({"now": lambda: 1}, "function"),
         (object, "<class 'object'>"),
         (float("nan"), "NaN"),
         (

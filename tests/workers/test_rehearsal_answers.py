@@ -189,6 +189,17 @@ def test_an_answer_that_was_sent_back_is_given_again_as_the_message_asks() -> No
     assert talk.turn("Hello?").startswith('You told me: "Hello?"')
 
 
+def test_a_message_can_ask_for_an_answer_that_says_nothing() -> None:
+    """It is not shown when the model is asked again; what is said then the message may say, too."""
+    assert directed("[[empty]]").answer == Answer()
+    told = [user("[[empty]] [[again one]] [[again two]]"), user(repair.SAY_SOMETHING)]
+    assert decide(ChatRequest.model_validate({"model": "m", "messages": told}), RULES).answer == Answer("one")
+    told = [user("[[call look]] [[empty]]"), user(repair.SAY_SOMETHING)]
+    assert decide(ChatRequest.model_validate({"model": "m", "messages": told}), RULES).answer.calls
+    with pytest.raises(DirectiveError):
+        directed("[[empty handed]]")
+
+
 def test_an_answer_that_has_to_fit_a_schema_does() -> None:
     """Save what a message directs: tests want wrong answers, too."""
     schema: dict[str, Any] = {"type": "object", "properties": {"note": {"type": "string"}}, "required": ["note"]}

@@ -404,6 +404,36 @@ async def repaired(life: Life) -> None:
     await life.stop()
 
 
+async def speechless(life: Life) -> None:
+    """A model that says nothing, and then something; and one that says nothing at all."""
+
+    def think(request: ThinkRequest) -> Decision:
+        text = "Here." if request.turn == 1 and request.repair else ""
+        return answer(text, request).model_copy(update={"empty": not text})
+
+    life.world.think_with = think
+    await life.deliver(event(1))
+    await life.replies(1)
+    await life.ask("q-1")
+    await life.stop()
+
+
+async def looping(life: Life) -> None:
+    """A model that makes one call again and again, until it gets no tools."""
+
+    def think(request: ThinkRequest) -> Decision:
+        if request.tools_allowed:
+            return answer("", request, ToolCall(id=f"call-{request.step}", name="look"))
+        return answer("I do not know.", request)
+
+    life.world.think_with = think
+    life.world.tool = lambda request: ToolResult(call_id=request.call.id, name="look", content="seen")
+    life.world.spec = ControlSpec(digest="s", tools={"look": ToolControl()}, budget=BudgetSpec(steps_per_turn=50))
+    await life.deliver(event(1))
+    await life.replies(1)
+    await life.stop()
+
+
 async def over_budget(life: Life) -> None:
     """Over its budget: looks again, is stopped and woken, until it is allowed more."""
     limit = Refusal(scope=LimitScope.KEY, per=Per.TOTAL, measure=Measure.TOKENS, limit=10, spent=10, needed=5)
@@ -487,6 +517,8 @@ LIVES: tuple[Callable[[Life], Awaitable[None]], ...] = (
     unanswered,
     woken,
     alarmed,
+    speechless,
+    looping,
 )
 
 

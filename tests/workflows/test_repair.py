@@ -80,6 +80,23 @@ def test_an_answer_that_stayed_wrong_is_none() -> None:
     assert repair.settled(fine) is fine
 
 
+@given(steps=st.integers(1, 12), empties=counts)
+def test_a_model_that_says_nothing_is_asked_once_more(steps: int, empties: int) -> None:
+    """P10: if the turn may take another step; also by an agent whose spec knows no repairs."""
+    turn = CurrentTurn(number=1, started=datetime(2026, 11, 27, tzinfo=UTC))
+    asked_again = 0
+    nothing = Decision(head="h", empty=True)
+    for _ in range(empties):
+        turn.step += 1
+        if not repair.sent_back(spec(0, steps), turn, nothing):
+            break
+        asked_again += 1
+        assert turn.repair == repair.SAY_SOMETHING
+        assert turn.repair.startswith(f"{repair.WRONG}\n")
+    assert asked_again == min(empties, 1, steps - 1)
+    assert repair.settled(nothing).error == "the model has answered with nothing: no text and no tool call"
+
+
 # The turn ------------------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +149,30 @@ async def test_repairs_are_steps_of_the_budget(client: Client, queue: str, agent
         await stopped(client, agent_id)
     assert (failed.outcome, failed.steps) == (TurnOutcome.FAILED, 2)
     assert [request.tools_allowed for request in world.thoughts] == [True, False]
+
+
+async def test_a_model_that_answers_with_nothing_is_asked_once_more(client: Client, queue: str, agent_id: str) -> None:
+    """It says something then; or it does not, and the turn fails, visibly, and the next one is taken."""
+    said = ["", "I was away.", "", "", "Here."]
+
+    def think(request: ThinkRequest) -> Decision:
+        text = said.pop(0)
+        return answer(text, request).model_copy(update={"empty": not text})
+
+    world = World(think_with=think)
+    async with world.workers(client, queue):
+        replies = [await ask(client, agent_id, queue, "Is it?", f"q-{n}") for n in range(3)]
+        status = await stopped(client, agent_id)
+    assert [(reply.text, reply.outcome, reply.steps) for reply in replies] == [
+        ("I was away.", TurnOutcome.COMPLETED, 2),
+        ("", TurnOutcome.FAILED, 2),
+        ("Here.", TurnOutcome.COMPLETED, 1),
+    ]
+    assert replies[1].error == repair.NOTHING
+    assert [request.repair for request in world.thoughts] == ["", repair.SAY_SOMETHING] * 2 + [""]
+    (told,) = world.lifecycle(names.TURN_FAILED_TYPE)
+    assert told.data["error"] == repair.NOTHING
+    assert status.failed_turns == 1
 
 
 async def test_a_repair_may_look_again(client: Client, queue: str, agent_id: str) -> None:

@@ -48,6 +48,8 @@ LIVES = (
     "woken",
     "alarmed",
     "alarmed_alarm",
+    "speechless",
+    "looping",
 )
 
 
