@@ -5,9 +5,10 @@
     told = await memory.recall(workflow_id, [Scope.KEY, Scope.TENANT], "how to address her")
     await memory.forget(call, fact.id, [Scope.KEY], why="she asked for it")
 
-A fact belongs to a place: one key of an agent, one agent, or a tenant (`Scope`). Who asks names itself by its workflow
-id, and the places are worked out from that: there is no other way to reach a fact. Nothing is changed or deleted. What
-is forgotten has a record beside it, which says by whom, when and why, and is not recalled.
+A fact belongs to a place: one key of an agent, one agent, a team, or a tenant (`Scope`). Who asks names itself by its
+workflow id and the team of its spec, and the places are worked out from that: there is no other way to reach a fact.
+Nothing is changed or deleted. What is forgotten has a record beside it, which says by whom, when and why, and is not
+recalled.
 
 The database finds the facts that hold one of the words looked for (`_Index`: FTS5 on SQLite, tsvector on PostgreSQL);
 `activities.search` says which fits best. What is found in another way, as by embeddings, would be found beside `_Index`
@@ -145,6 +146,8 @@ class Call:
     """The same on every try: what is done once more under it has no further effect."""
     by: str = ""
     """A person; empty: the agent itself."""
+    team: str | None = None
+    """The agent's team; None: it is in none, and the scope `team` is not there for it."""
 
 
 class Memory:
@@ -157,7 +160,7 @@ class Memory:
         """Keep a fact. Returns the fact that is kept: what is there already, word for word, is not kept twice.
 
         Raises:
-            ValueError: the text is empty or too long, or the place is full.
+            ValueError: the text is empty or too long, the place is full, or the scope is the team of an agent in none.
         """
         text = _clean(text)
         if not text:
@@ -167,7 +170,7 @@ class Memory:
                 f"A fact may have {MAX_CHARACTERS:,} characters, and this has {len(text):,}. Remember what matters of "
                 "it, in a sentence or two."
             )
-        place = _place(call.workflow_id, scope)
+        place = _place(call.workflow_id, scope, call.team)
 
         def write(connection: Connection) -> Fact:
             if known := _found(connection, _facts.c.call_key == call.key):
@@ -201,12 +204,13 @@ class Memory:
 
         return await self._transact(write, writes=True)
 
-    async def recall(
+    async def recall(  # noqa: PLR0913  # who asks, where to look, and how much to show
         self,
         workflow_id: str,
         scopes: Collection[Scope],
         query: str,
         *,
+        team: str | None = None,
         count: int = _RECALLED,
         characters: int = _RECALLED_CHARACTERS,
     ) -> Recalled:
@@ -216,10 +220,11 @@ class Memory:
             workflow_id: who asks.
             scopes: where to look.
             query: any text.
+            team: the team of who asks.
             count: how many at most.
             characters: how long they may be together.
         """
-        places = _places(workflow_id, scopes)
+        places = _places(workflow_id, scopes, team)
         if not places:
             return Recalled(facts=[], left_out=0, kept=0)
 
@@ -233,9 +238,9 @@ class Memory:
 
         return await self._transact(read)
 
-    async def fitting(self, workflow_id: str, spec: MemorySpec, arrived: str) -> list[Fact]:
+    async def fitting(self, workflow_id: str, spec: MemorySpec, arrived: str, *, team: str | None = None) -> list[Fact]:
         """What an agent is reminded of when a turn begins: what is pinned, and what fits the events best."""
-        places = _places(workflow_id, spec.read)
+        places = _places(workflow_id, spec.read, team)
         if not spec.recalled or not places:
             return []
 
@@ -259,15 +264,15 @@ class Memory:
         if not why:
             raise ValueError("Say why the fact is to be forgotten: `why` is empty.")
         fact_id = fact_id.strip()
-        places = _places(call.workflow_id, Scope)
-        allowed = _places(call.workflow_id, scopes)
+        places = _places(call.workflow_id, Scope, call.team)
+        allowed = _places(call.workflow_id, scopes, call.team)
 
         def write(connection: Connection) -> Fact:
             # Of a fact that somebody else keeps nothing is said, not even that it is there.
             fact = _found(connection, _facts.c.id == fact_id, _facts.c.place.in_(places))
             if fact is None:
                 raise ValueError(_no_such(fact_id))
-            if _place(call.workflow_id, fact.scope) not in allowed:
+            if _place(call.workflow_id, fact.scope, call.team) not in allowed:
                 may = ", ".join(scopes) or "none"
                 raise ValueError(
                     f"Fact {fact_id} is of scope {fact.scope}, and you may forget facts of these scopes: {may}."
@@ -294,20 +299,27 @@ class Memory:
         return await self._transact(write, writes=True)
 
     async def kept(
-        self, workflow_id: str, scopes: Collection[Scope], *, forgotten: bool = False, limit: int
+        self,
+        workflow_id: str,
+        scopes: Collection[Scope],
+        *,
+        team: str | None = None,
+        forgotten: bool = False,
+        limit: int,
     ) -> list[KeptFact]:
         """What is kept for an agent in these scopes, the newest first, at most `limit`; for people to look at.
 
         Args:
             workflow_id: the agent.
             scopes: where to look.
+            team: the agent's team.
             forgotten: also what is forgotten.
             limit: how many.
         """
         query = (
             select(_facts, _forgettings.c.forgotten_by, _forgettings.c.why, _forgettings.c.forgotten_at)
             .outerjoin(_forgettings, _forgettings.c.fact == _facts.c.id)
-            .where(_facts.c.place.in_(_places(workflow_id, scopes)))
+            .where(_facts.c.place.in_(_places(workflow_id, scopes, team)))
             .order_by(_facts.c.number.desc())
             .limit(limit)
         )
@@ -322,12 +334,13 @@ class Memory:
 # Places --------------------------------------------------------------------------------------------------------------
 
 
-def _place(workflow_id: str, scope: Scope) -> str:
-    return names.memory_place(names.parse_workflow_id(workflow_id), scope)
+def _place(workflow_id: str, scope: Scope, team: str | None) -> str:
+    return names.memory_place(names.parse_workflow_id(workflow_id), scope, team)
 
 
-def _places(workflow_id: str, scopes: Iterable[Scope]) -> list[str]:
-    return [_place(workflow_id, scope) for scope in dict.fromkeys(scopes)]
+def _places(workflow_id: str, scopes: Iterable[Scope], team: str | None) -> list[str]:
+    """The places of these scopes; an agent in no team has none for that scope."""
+    return [_place(workflow_id, scope, team) for scope in dict.fromkeys(scopes) if team or scope is not Scope.TEAM]
 
 
 # Texts ---------------------------------------------------------------------------------------------------------------

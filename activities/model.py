@@ -219,7 +219,7 @@ class Model(ModelActivities):
         """What the agent has kept that fits what arrives in this step. Recorded with it, it is the same on a retry."""
         if spec.memory is None or not request.events:
             return []
-        facts = await self._memory.fitting(request.workflow_id, spec.memory, _query(request.events))
+        facts = await self._memory.fitting(request.workflow_id, spec.memory, _query(request.events), team=spec.team)
         return [MemoryMessage(facts=facts)] if facts else []
 
     async def _ask(  # noqa: PLR0913  # what is asked, of whom, and who listens

@@ -42,6 +42,7 @@ from workflows.spec import (
     McpTool,
     ReplyForm,
     ResolvedSpec,
+    Scope,
     ToolDefinition,
 )
 
@@ -94,6 +95,7 @@ class Agent:
         return ResolvedSpec(
             name=self.spec.name,
             tenant=self.spec.tenant,
+            team=self.spec.team,
             instructions=self.spec.instructions,
             route=self.spec.route,
             tools=[*definitions, READ_RESULT] if definitions else [],
@@ -352,7 +354,12 @@ def load_agent(path: Path) -> Agent:
 
 def _add_memory(agent: Agent) -> Iterator[str]:
     """Give the agent the tools of its memory; what is wrong with that."""
-    for tool in memory_tools(agent.spec.memory) if agent.spec.memory else []:
+    spec = agent.spec
+    if spec.memory is None:
+        return
+    if spec.team is None and Scope.TEAM in {*spec.memory.read, *spec.memory.write}:
+        yield "it names the scope team, and the agent is in none; say which with `team: NAME`, or leave the scope out"
+    for tool in memory_tools(spec.memory, spec.team):
         if tool.name in agent.tools:
             yield f"it brings a tool {tool.name}; rename the one among the tools"
             continue

@@ -768,7 +768,7 @@ def memory_list(  # noqa: PLR0913  # one for each filter
     limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 100,
     as_json: Json = False,
 ) -> None:
-    """List the facts that an agent is reminded of: its own, its name's and its tenant's, the newest first."""
+    """List the facts that an agent is reminded of: its own, its name's, its team's, its tenant's; the newest first."""
     if query is not None and forgotten:
         raise typer.BadParameter("--query looks through what is remembered; it can't be given with --forgotten")
     from workers import memory as memories

@@ -100,6 +100,7 @@ OVER_BUDGET = "over budget"
 """In the search attribute: of an agent whose turn waits for its budget."""
 
 _ID_PREFIX = "agent"
+_TEAM_PREFIX = "team"
 _MAX_ID_BYTES = 1000  # Temporal's limit.maxIDLength
 
 
@@ -187,11 +188,20 @@ def alarm_id(agent: str) -> str:
     return f"alarm{agent.removeprefix(_ID_PREFIX)}"
 
 
-def memory_place(address: Address, scope: str) -> str:
-    """Where the facts of a scope (`key`, `agent` or `tenant`) are kept: the workflow id, cut off behind that part.
+def memory_place(address: Address, scope: str, team: str | None = None) -> str:
+    """Where the facts of a scope are kept.
 
-    Two agents share a place exactly if they share the tenant, and for `agent` the name, and for `key` the key.
+    Of `key`, `agent` and `tenant`: the workflow id, cut off behind that part. Of `team`: `team/{tenant}/{team}`, parts
+    percent-encoded. Two agents share a place exactly if they share the tenant, and for `agent` the name, for `key` the
+    name and the key, for `team` the team.
+
+    Raises:
+        ValueError: the scope is `team`, and the agent is in none.
     """
+    if scope == "team":
+        if not team:
+            raise ValueError(f"{workflow_id(address)} is in no team")
+        return "/".join((_TEAM_PREFIX, quote(address.tenant, safe=""), quote(team, safe="")))
     parts = {"tenant": 2, "agent": 3, "key": 4}[scope]
     return "/".join(workflow_id(address).split("/")[:parts])
 

@@ -271,6 +271,8 @@ class Scope(StrEnum):
     """This agent with this key alone, such as one customer's."""
     AGENT = "agent"
     """This agent, whatever its key."""
+    TEAM = "team"
+    """Every agent of the tenant whose spec names the same team."""
     TENANT = "tenant"
     """Every agent of the tenant."""
 
@@ -356,6 +358,8 @@ class AgentSpec(_Strict):
 
     name: Name
     tenant: Name = "default"
+    team: Name | None = None
+    """The agents of the tenant that name the same team may share facts (`memory`). None: it is in no team."""
     description: str = ""
     instructions: str = Field(min_length=1)
     route: Name = "default"
@@ -433,6 +437,7 @@ class ResolvedSpec(_Carried):
 
     name: str
     tenant: str
+    team: str | None = None
     description: str = ""
     instructions: str
     route: str = "default"

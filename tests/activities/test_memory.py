@@ -34,9 +34,9 @@ def memory(ledger: Ledger) -> Memory:
     return Memory(ledger)
 
 
-def a_call(agent: str = AGENT, key: str = "", turn: int = 1) -> Call:
+def a_call(agent: str = AGENT, key: str = "", turn: int = 1, team: str | None = "parcels") -> Call:
     """A tool call of its own, or one more try of the call with this key."""
-    return Call(agent, turn, key or f"{agent}/{turn}/1/{uuid4()}")
+    return Call(agent, turn, key or f"{agent}/{turn}/1/{uuid4()}", team=team)
 
 
 async def texts(memory: Memory, query: str = "", *, agent: str = AGENT, scopes: list[Scope] = ALL) -> list[str]:
@@ -319,11 +319,17 @@ _agents = st.builds(
 ).map(names.workflow_id)
 
 
+def team_of(agent: str) -> str:
+    """By its name; some are in none. Teams are called as tenants and agents are."""
+    return {"a": "a", "b": "a", "a/b": "a/b", "%2F": "b"}.get(names.parse_workflow_id(agent).agent, "")
+
+
 def may_see(reader: str, fact_of: str, scope: Scope) -> bool:
     """Whether an agent may be reminded of what another has kept, said once more and in other words."""
     one, other = names.parse_workflow_id(reader), names.parse_workflow_id(fact_of)
     return {
         Scope.TENANT: one.tenant == other.tenant,
+        Scope.TEAM: one.tenant == other.tenant and team_of(reader) == team_of(fact_of) != "",
         Scope.AGENT: one[:2] == other[:2],
         Scope.KEY: one == other,
     }[scope]
@@ -339,7 +345,7 @@ def may_see(reader: str, fact_of: str, scope: Scope) -> bool:
 async def test_nobody_sees_what_is_not_theirs(
     memory: Memory, kept: list[tuple[str, Scope]], reader: str, scopes: list[Scope], query: str
 ) -> None:
-    """An agent is reminded of exactly the facts of its tenant, its name or its key, in the scopes that it reads."""
+    """An agent is reminded of exactly the facts of its tenant, team, name or key, in the scopes that it reads."""
     run = uuid4().hex  # each example is written into a ledger that holds others already
     tenant = names.parse_workflow_id(reader).tenant
 
@@ -350,17 +356,22 @@ async def test_nobody_sees_what_is_not_theirs(
     facts: list[tuple[str, Fact]] = []
     for number, (agent, scope) in enumerate(kept):
         text = f"word token {number}"
-        facts.append((agent, await memory.remember(a_call(own(agent)), text, scope, pinned=number % 2 == 0)))
+        call = a_call(own(agent), team=team_of(agent))
+        if scope is Scope.TEAM and not call.team:
+            assert "in no team" in await complaint(memory.remember(call, text, scope))
+            continue
+        facts.append((agent, await memory.remember(call, text, scope, pinned=number % 2 == 0)))
     expected = {fact.id for agent, fact in facts if may_see(reader, agent, fact.scope) and fact.scope in scopes}
-    told = await memory.recall(own(reader), scopes, query)
+    team = team_of(reader)
+    told = await memory.recall(own(reader), scopes, query, team=team)
     assert {fact.id for fact in told.facts} == expected
     assert told.kept == len(expected), (tenant, kept)
     spec = MemorySpec(read=scopes, recalled=50)
-    assert {fact.id for fact in await memory.fitting(own(reader), spec, "word")} == expected
-    assert {one.fact.id for one in await memory.kept(own(reader), scopes, limit=50)} == expected
+    assert {fact.id for fact in await memory.fitting(own(reader), spec, "word", team=team)} == expected
+    assert {one.fact.id for one in await memory.kept(own(reader), scopes, team=team, limit=50)} == expected
     for agent, fact in facts:
         if not may_see(reader, agent, fact.scope):
-            assert "no fact" in await complaint(memory.forget(a_call(own(reader)), fact.id, ALL, "why not"))
+            assert "no fact" in await complaint(memory.forget(a_call(own(reader), team=team), fact.id, ALL, "why not"))
 
 
 def test_places_are_as_many_as_there_are_owners() -> None:
@@ -371,6 +382,9 @@ def test_places_are_as_many_as_there_are_owners() -> None:
         for address in addresses:
             assert owners.setdefault(names.memory_place(address, scope), address[:length]) == address[:length]
         assert len(owners) == len(_PARTS) ** length
+    places = {names.memory_place(Address(tenant, "a", "a"), "team", team) for tenant, team in product(_PARTS, repeat=2)}
+    assert len(places) == len(_PARTS) ** 2
+    assert not any(place.startswith("agent/") for place in places), "where all the others are"
 
 
 # The database --------------------------------------------------------------------------------------------------------

@@ -26,8 +26,8 @@ SPEC = MemorySpec(read=[Scope.KEY, Scope.AGENT], write=[Scope.KEY])
 class Agent:
     """Calls tools as an agent's workflow does; each call under a key of its own, unless one is given."""
 
-    def __init__(self, ledger: Ledger, spec: MemorySpec, workflow_id: str = AGENT) -> None:
-        tools = {tool.name: tool for tool in memory_tools(spec)}
+    def __init__(self, ledger: Ledger, spec: MemorySpec, workflow_id: str = AGENT, team: str | None = None) -> None:
+        tools = {tool.name: tool for tool in memory_tools(spec, team)}
         nobody = Servers(lambda _: {})
         workspace = Path("/some/workspace")
         self._tools = Tools(lambda _, name: tools.get(name), workspace, ledger, nobody, Memory(ledger))
@@ -98,7 +98,9 @@ async def test_an_agent_keeps_to_the_scopes_of_its_spec(sqlite_ledger: Ledger) -
     assert "may not recall facts of scope tenant" in await agent.refused("recall", query="dog", scope="tenant")
     assert [fact["text"] for fact in (await agent.ok("recall", query="dogs"))["facts"]] == ["Dogs may come in."]
     assert "of scope agent" in await agent.refused("forget", id=shared["id"], why="why not")
-    assert "Input should be 'key', 'agent' or 'tenant'" in await agent.refused("remember", text="x", scope="world")
+    assert "Input should be 'key', 'agent', 'team' or 'tenant'" in await agent.refused(
+        "remember", text="x", scope="world"
+    )
 
 
 async def test_scope_key_stays_with_the_key_and_scope_agent_does_not(sqlite_ledger: Ledger) -> None:
@@ -132,3 +134,27 @@ async def test_many_facts_make_a_short_answer(sqlite_ledger: Ledger) -> None:
     told = json.loads(result.content)
     assert len(told["facts"]) + told["more"] == 60
     assert told["note"].startswith("60 facts")
+
+
+async def test_a_team_shares_its_facts(sqlite_ledger: Ledger) -> None:
+    """Another agent that names the team recalls and forgets them; who names another one, or none, does not."""
+    spec = MemorySpec(read=[Scope.KEY, Scope.TEAM], write=[Scope.TEAM])
+    follower, clerk, stranger = (
+        Agent(sqlite_ledger, spec, f"agent/store/{name}/1", team)
+        for name, team in [("logistics", "parcels"), ("desk", "parcels"), ("security", "accounts")]
+    )
+    kept = await follower.ok("remember", text="Lyon is on strike.", scope="team")
+    (shown,) = (await clerk.ok("recall", query="strike in Lyon"))["facts"]
+    assert shown == kept
+    assert (shown["scope"], shown["kept_by"]) == ("team", "agent/store/logistics/1")
+    assert (await stranger.ok("recall", query="strike"))["facts"] == []
+    assert "no fact" in await stranger.refused("forget", id=kept["id"], why="why not")
+    assert await clerk.ok("forget", id=kept["id"], why="it is over") == "Forgotten: Lyon is on strike."
+    assert (await follower.ok("recall", query="strike"))["facts"] == []
+
+
+async def test_an_agent_in_no_team_is_told_so(sqlite_ledger: Ledger) -> None:
+    """P14: a spec like that is refused when it is read; here nothing breaks, and nothing is kept elsewhere."""
+    lone = Agent(sqlite_ledger, MemorySpec(read=[Scope.TEAM], write=[Scope.TEAM]))
+    assert "is in no team" in await lone.refused("remember", text="Lyon is on strike.", scope="team")
+    assert (await lone.ok("recall", query=""))["facts"] == []

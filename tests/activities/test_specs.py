@@ -116,6 +116,11 @@ def test_a_folder_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> 
         ),
         ("name: desk\ninstructions: x\nwake_ups: {at_most: 51}\n", ":3: wake_ups.at_most: "),
         (
+            "name: desk\ninstructions: x\nmemory:\n  read: [key, team]\n",
+            ":4: memory: it names the scope team, and the agent is in none; say which with `team: NAME`",
+        ),
+        ("name: desk\ninstructions: x\nteam: Parcels!\n", ":3: team: String should match pattern"),
+        (
             "name: desk\ninstructions: x\nreply:\n  schema: {type: objekt}\n",
             ":4: reply: not a JSON Schema: $.type: 'objekt' is not valid",
         ),
@@ -187,6 +192,7 @@ def test_a_tool_may_stand_in_a_file_beside_the_spec(tmp_path: Path) -> None:
         ("{}", ["remember", "recall", "forget"]),
         ("{write: []}", ["recall"]),
         ("{read: [], write: [tenant]}", ["remember", "forget"]),
+        ("{read: [team]}\nteam: parcels", ["remember", "recall", "forget"]),
         ("null", []),
     ],
 )
@@ -198,6 +204,7 @@ def test_a_memory_brings_its_tools(tmp_path: Path, memory: str, expected: list[s
     for definition in agent.definitions:
         told = definition.description + str(definition.parameters)
         assert ("'tenant'" in told or "tenant:" in told) == ("tenant" in memory)
+    assert agent.resolved({}).team == ("parcels" if "parcels" in memory else None)
 
 
 def test_wake_ups_bring_their_tools_which_the_workflow_runs(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from stack import Stack, perennial
+from stack import PERENNIAL, Finished, Stack, run
 from traffic import letter, workflow_of
 
 from activities.entries import Entry, MemoryMessage, ToolMessage
@@ -17,14 +17,16 @@ from activities.ledger import Ledger
 _SPEC = """
 name: customer-service
 tenant: {tenant}
+team: front
 instructions: You answer customers.
 memory:
-  read: [key, agent, tenant]
-  write: [key, agent, tenant]
+  read: [key, agent, team, tenant]
+  write: [key, agent, team, tenant]
 """
-KEY, SAME_AGENT, OTHER_AGENT, OTHER_TENANT = (
+KEY, SAME_AGENT, TEAM_MATE, OTHER_AGENT, OTHER_TENANT = (
     workflow_of("customer-1"),
     workflow_of("customer-2"),
+    workflow_of("customer-1").replace("/customer-service/", "/chat/"),
     workflow_of("customer-1").replace("/customer-service/", "/desk/"),
     workflow_of("customer-1").replace("/store/", "/bank/"),
 )
@@ -37,7 +39,11 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack
     specs.mkdir()
     for tenant in ("store", "bank"):
         (specs / f"{tenant}.yaml").write_text(_SPEC.format(tenant=tenant))
-    (specs / "desk.yaml").write_text(_SPEC.format(tenant="store").replace("name: customer-service", "name: desk"))
+    store = _SPEC.format(tenant="store")
+    (specs / "chat.yaml").write_text(store.replace("name: customer-service", "name: chat"))
+    (specs / "desk.yaml").write_text(
+        store.replace("name: customer-service", "name: desk").replace("team: front\n", "").replace("team, ", "")
+    )
     async with Stack(folder / "state", specs=specs) as running:
         yield running
 
@@ -49,6 +55,12 @@ async def tell(stack: Stack, text: str, *agents: str) -> None:
         event = json.loads(letter(key, text))
         await stack.send(json.dumps({**event, "tenant": tenant, "agent": name}).encode())
     await stack.all_answered()
+
+
+async def command(stack: Stack, *arguments: str) -> Finished:
+    """Run a `perennial` command beside the stack, with its specs: they say who is in which team."""
+    variables = {"PERENNIAL_STATE_DIR": str(stack.settings.state_dir), "PERENNIAL_SPECS": str(stack.settings.specs)}
+    return await run(str(PERENNIAL), *arguments, cwd=Path.cwd(), variables=variables, seconds=90)
 
 
 async def last_turn(ledger: Ledger, agent: str) -> list[Entry]:
@@ -64,24 +76,30 @@ async def reminded(ledger: Ledger, agent: str) -> set[str]:
 
 
 async def test_what_is_remembered_is_recalled_by_those_whose_it_is(stack: Stack, tmp_path: Path) -> None:
-    """In a later turn, by the same key, by another key, by another agent: each as far as the scope goes."""
+    """In a later turn: by the same key, another, one of the team, a stranger; each as far as the scope goes."""
     own = "Leave parcels with Okafor."
     shared = "Okafor is a neighbour's name."
+    the_teams = "Okafor is away on Mondays."
     everybodys = "Okafor runs the warehouse."
     calls = " ".join(
         f"[[call remember {json.dumps({'text': text, 'scope': scope})}]]"
-        for text, scope in [(own, "key"), (shared, "agent"), (everybodys, "tenant")]
+        for text, scope in [(own, "key"), (shared, "agent"), (the_teams, "team"), (everybodys, "tenant")]
     )
     await tell(stack, calls, KEY)
-    await tell(stack, "[[say Fine.]] What has Okafor done?", KEY, SAME_AGENT, OTHER_AGENT, OTHER_TENANT)
+    await tell(stack, "[[say Fine.]] What has Okafor done?", KEY, SAME_AGENT, TEAM_MATE, OTHER_AGENT, OTHER_TENANT)
     async with stack.ledger() as ledger:
-        assert await reminded(ledger, KEY) == {own, shared, everybodys}
-        assert await reminded(ledger, SAME_AGENT) == {shared, everybodys}
+        assert await reminded(ledger, KEY) == {own, shared, the_teams, everybodys}
+        assert await reminded(ledger, SAME_AGENT) == {shared, the_teams, everybodys}
+        assert await reminded(ledger, TEAM_MATE) == {the_teams, everybodys}
         assert await reminded(ledger, OTHER_AGENT) == {everybodys}
         assert await reminded(ledger, OTHER_TENANT) == set()
 
-        await tell(stack, '[[call recall {"query": "okafor"}]]', SAME_AGENT, OTHER_TENANT)
-        for agent, expected in [(SAME_AGENT, {shared, everybodys}), (OTHER_TENANT, set())]:
+        await tell(stack, '[[call recall {"query": "okafor"}]]', SAME_AGENT, TEAM_MATE, OTHER_TENANT)
+        for agent, expected in [
+            (SAME_AGENT, {shared, the_teams, everybodys}),
+            (TEAM_MATE, {the_teams, everybodys}),
+            (OTHER_TENANT, set()),
+        ]:
             _, answered = await last_turn(ledger, agent)
             (result,) = [message for message in answered.messages if isinstance(message, ToolMessage)]
             found = json.loads(result.content)["facts"]
@@ -94,24 +112,27 @@ async def test_what_is_remembered_is_recalled_by_those_whose_it_is(stack: Stack,
                 assert fact["text"] in step.answer.tool_calls[0].arguments, "the entry in which it was decided"
 
         # A person looks, and has one forgotten.
-        state = stack.settings.state_dir
-        listed = await perennial("memory", "store/customer-service/customer-2", "--json", state=state)
+        listed = await command(stack, "memory", "store/customer-service/customer-2", "--json")
         facts = {one["fact"]["text"]: one["fact"]["id"] for one in listed.json}
-        assert set(facts) == {shared, everybodys}
-        gone = await perennial(
+        assert set(facts) == {shared, the_teams, everybodys}
+        mates = await command(stack, "memory", "store/chat/anybody", "--scope", "team")
+        assert [line.split("  ")[-1].strip() for line in mates.out.splitlines()] == ["FACT", the_teams]
+        lone = await command(stack, "memory", "store/desk/customer-1", "--scope", "team")
+        assert lone.status == 2
+        assert "store/desk/customer-1 is in no team" in lone.err
+        gone = await command(
+            stack,
             *("memory", "forget", "store/customer-service/customer-2", facts[everybodys], "--why", "he retired"),
-            state=state,
         )
         assert (gone.status, gone.out) == (0, f"forgotten: {everybodys}\n")
         await tell(stack, "[[say Fine.]] And Okafor now?", KEY)
-        assert await reminded(ledger, KEY) == {own, shared}
-    shown = await perennial("show", "store/customer-service/customer-1", state=state)
+        assert await reminded(ledger, KEY) == {own, shared, the_teams}
+    shown = await command(stack, "show", "store/customer-service/customer-1")
     assert f"recalls: {own} (key, " in shown.out
 
 
 async def test_the_command_says_what_it_cannot_do(stack: Stack) -> None:
     """P14: one line, exit status 2, nothing forgotten; without a query the newest, with one the best."""
-    state = stack.settings.state_dir
     agent = "store/customer-service/customer-9"
     await tell(
         stack,
@@ -119,16 +140,16 @@ async def test_the_command_says_what_it_cannot_do(stack: Stack) -> None:
         '[[call remember {"text": "Likes tents.", "scope": "key"}]]',
         f"agent/{agent}",
     )
-    plain = await perennial("memory", agent, "--scope", "key", state=state)
+    plain = await command(stack, "memory", agent, "--scope", "key")
     assert [line.split("  ")[-1].strip() for line in plain.out.splitlines()] == [
         "FACT",
         "Likes tents.",
         "Has a dog. (pinned)",
     ]
-    best = await perennial("memory", "list", agent, "--query", 'dogs "*(', "--json", state=state)
+    best = await command(stack, "memory", "list", agent, "--query", 'dogs "*(', "--json")
     (dog,) = [one["fact"] for one in best.json]
     assert dog["text"] == "Has a dog."
-    empty = await perennial("memory", "store/customer-service/nobody", "--scope", "key", state=state)
+    empty = await command(stack, "memory", "store/customer-service/nobody", "--scope", "key")
     assert (empty.status, empty.out) == (0, "")
     for arguments, complaint in [
         (("memory", "forget", agent, "0" * 16, "--why", "x"), "There is no fact '0000000000000000'"),
@@ -138,12 +159,12 @@ async def test_the_command_says_what_it_cannot_do(stack: Stack) -> None:
         (("memory", agent, "--query", "x", "--forgotten"), "--query"),
         (("memory", "forget", agent, dog["id"]), "--why"),
     ]:
-        refused = await perennial(*arguments, state=state)
+        refused = await command(stack, *arguments)
         assert refused.status == 2, arguments
         assert complaint in refused.err
         assert "Traceback" not in refused.err
-    assert (await perennial("memory", "forget", agent, dog["id"], "--why", "ran", state=state)).status == 0
-    told = await perennial("memory", agent, "--forgotten", "--json", state=state)
+    assert (await command(stack, "memory", "forget", agent, dog["id"], "--why", "ran")).status == 0
+    told = await command(stack, "memory", agent, "--forgotten", "--json")
     record = next(one["forgotten"] for one in told.json if one["fact"]["id"] == dog["id"])
     assert record["why"] == "ran"
     assert record["by"]

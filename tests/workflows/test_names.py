@@ -189,6 +189,14 @@ def test_where_facts_are_kept_never_changes() -> None:
     assert names.memory_place(address, "tenant") == "agent/store"
     assert names.memory_place(address, "agent") == "agent/store/customer-service"
     assert names.memory_place(address, "key") == names.workflow_id(address) == "agent/store/customer-service/a%2Fb"
+    assert names.memory_place(address, "team", "parcels") == "team/store/parcels"
+    assert names.memory_place(address._replace(tenant="a/b"), "team", "c/d") == "team/a%2Fb/c%2Fd"
+
+
+def test_an_agent_in_no_team_has_no_place_of_one() -> None:
+    """P14: and the error says whose it would have been."""
+    with pytest.raises(ValueError, match="agent/store/desk/a is in no team"):
+        names.memory_place(Address("store", "desk", "a"), "team")
 
 
 @given(ADDRESSES, st.integers(0, 10**6), st.integers(0, 1000), st.integers(0, 100))
