@@ -134,6 +134,31 @@ class PoolConfig(BaseModel):
         return limited if isinstance(limited, int) else None
 
 
+class EmbeddingsConfig(BaseModel):
+    """The model that makes vectors of texts, and where it is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9/-]*:\S+$")]
+    """`provider:name` as pydantic-ai has it; `openai:name` with a base_url for every OpenAI-compatible server."""
+    base_url: str | None = Field(None, pattern=r"^https?://\S+$")
+    """Where the endpoint is; without it, where the provider's is."""
+    api_key_env: str | None = Field(None, min_length=1)
+    """The environment variable with the key; without it, the one that the provider's own users set."""
+    dimensions: int | None = Field(None, ge=8, le=4096)
+    """Of the vectors, where the model can make shorter ones; without it, as many as the model has."""
+    similarity: float = Field(0.3, ge=0, le=1)
+    """How near a fact has to be to be recalled: the cosine, which for texts that have nothing to do with each other
+    differs from model to model."""
+    timeout_seconds: float = Field(10, gt=0, le=60)
+    """How long one call may take; a turn waits for it."""
+
+    @property
+    def name(self) -> str:
+        """What vectors of this model are kept under: those of different names can't be compared."""
+        return f"{self.model}/{self.dimensions}" if self.dimensions else self.model
+
+
 class ModelsConfig(BaseModel):
     """The pools, and the routes through them. Without routes, `default` names all pools in their order."""
 
@@ -141,6 +166,8 @@ class ModelsConfig(BaseModel):
 
     pools: dict[Name, PoolConfig] = Field(min_length=1)
     routes: dict[Name, Annotated[list[str], Field(min_length=1)]] = Field(default_factory=dict, validate_default=True)
+    embeddings: EmbeddingsConfig | None = None
+    """The model that makes vectors of facts, so that they are recalled by what they mean too; None: by words alone."""
 
     @field_validator("routes")
     @classmethod
@@ -156,8 +183,9 @@ class ModelsConfig(BaseModel):
 
     @property
     def variables(self) -> set[str]:
-        """The environment variables whose values the pools name as their keys."""
-        return {pool.api_key_env for pool in self.pools.values() if pool.api_key_env}
+        """The environment variables whose values the pools and the embeddings name as their keys."""
+        keys = {pool.api_key_env for pool in self.pools.values()}
+        return {key for key in (*keys, self.embeddings and self.embeddings.api_key_env) if key}
 
 
 def load_models(path: Path) -> ModelsConfig:

@@ -11,14 +11,16 @@ Nothing is changed or deleted. What is forgotten has a record beside it, which s
 recalled.
 
 The database finds the facts that hold one of the words looked for (`_Index`: FTS5 on SQLite, tsvector on PostgreSQL);
-`activities.search` says which fits best. What is found in another way, as by embeddings, would be found beside `_Index`
-and ranked in `_fitting`.
+`activities.search` says which fits best. With an `Embedder`, facts are also found that mean something near to what is
+looked for, whatever their words, and the two orders are made one (`_fitting`). A fact is kept first, and gets its
+vector after: where one by the model in use is missing, it is made when the place is next written or read.
 
 What an agent asks for that can't be done is a ValueError, in words for a model.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -34,6 +36,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Integer,
+    LargeBinary,
     MetaData,
     Row,
     Select,
@@ -54,7 +57,7 @@ from sqlalchemy import Column as Col
 from sqlalchemy.dialects import postgresql, sqlite
 from typing_extensions import override
 
-from activities import search
+from activities import search, vectors
 from activities.conversation import storable
 from activities.entries import Fact
 from activities.ledger import Ledger
@@ -71,6 +74,8 @@ MAX_PINNED = 20
 _RECALLED = 20
 _RECALLED_CHARACTERS = 10_000
 _WHY_CHARACTERS = 200
+_NEAR = 20
+_EMBEDDED_AT_ONCE = 32  # as many as some servers take
 
 _tables = MetaData()
 _facts = Table(
@@ -96,6 +101,13 @@ _forgettings = Table(
     Col("forgotten_by", String, nullable=False),
     Col("why", String, nullable=False),
     Col("forgotten_at", String, nullable=False),
+)
+_vectors = Table(
+    "fact_vectors",
+    _tables,
+    Col("fact", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),  # its number
+    Col("model", String, primary_key=True),
+    Col("vector", LargeBinary, nullable=False),
 )
 _forgotten = exists().where(_forgettings.c.fact == _facts.c.id)
 _entries = table("entries", column("id"), column("workflow_id"), column("turn"), column("step"))  # the ledger's
@@ -150,11 +162,29 @@ class Call:
     """The agent's team; None: it is in none, and the scope `team` is not there for it."""
 
 
-class Memory:
-    """The facts in a ledger's database. Safe from many tasks at once, and from many processes."""
+class Embedder(Protocol):
+    """Makes vectors of texts, as `activities.embeddings` does."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    name: str
+    """Of the model: its vectors are kept under it, and are not compared with those of another."""
+    similarity: float
+    """How near a fact has to be to be recalled."""
+
+    async def embed(self, texts: Sequence[str], *, query: bool = False) -> list[bytes | None]:
+        """A vector of each text, or None where there is none to be had now. Raises nothing."""
+
+
+class Memory:
+    """The facts in a ledger's database. Safe from many tasks at once, and from many processes.
+
+    Args:
+        ledger: whose database it is.
+        embedder: makes vectors of facts; None: they are found by words alone.
+    """
+
+    def __init__(self, ledger: Ledger, embedder: Embedder | None = None) -> None:
         self._ledger = ledger
+        self._embedder = embedder
 
     async def remember(self, call: Call, text: str, scope: Scope, *, pinned: bool = False) -> Fact:
         """Keep a fact. Returns the fact that is kept: what is there already, word for word, is not kept twice.
@@ -202,7 +232,9 @@ class Memory:
             assert kept is not None, "it was there, or has just been inserted"
             return kept
 
-        return await self._transact(write, writes=True)
+        fact = await self._transact(write, writes=True)
+        await self._fill([place])
+        return fact
 
     async def recall(  # noqa: PLR0913  # who asks, where to look, and how much to show
         self,
@@ -227,11 +259,12 @@ class Memory:
         places = _places(workflow_id, scopes, team)
         if not places:
             return Recalled(facts=[], left_out=0, kept=0)
+        wanted = search.query_words(query)
+        near = await self._near(places, query) if wanted else []
 
         def read(connection: Connection) -> Recalled:
-            wanted = search.query_words(query)
             here = select(_facts).where(_facts.c.place.in_(places), ~_forgotten)
-            found = _fitting(connection, here, places, wanted) if wanted else _newest(connection, here)
+            found = _fitting(connection, here, places, wanted, near) if wanted else _newest(connection, here)
             shown = _within(found, count, characters)
             kept = connection.execute(select(func.count()).select_from(here.subquery())).scalar_one()
             return Recalled(facts=shown, left_out=len(found) - len(shown), kept=kept)
@@ -243,13 +276,15 @@ class Memory:
         places = _places(workflow_id, spec.read, team)
         if not spec.recalled or not places:
             return []
+        wanted = search.query_words(arrived)
+        near = await self._near(places, arrived) if wanted else []
 
         def read(connection: Connection) -> list[Fact]:
             here = select(_facts).where(_facts.c.place.in_(places), ~_forgotten)
             pinned = _newest(connection, here.where(_facts.c.pinned))
             pinned.sort(key=lambda fact: list(Scope).index(fact.scope))  # its own first
-            wanted = search.query_words(arrived)
-            fitting = _fitting(connection, here.where(~_facts.c.pinned), places, wanted) if wanted else []
+            others = here.where(~_facts.c.pinned)
+            fitting = _fitting(connection, others, places, wanted, near) if wanted else []
             return _within([*pinned, *fitting], spec.recalled, spec.characters)
 
         return await self._transact(read)
@@ -326,6 +361,50 @@ class Memory:
         if not forgotten:
             query = query.where(_forgettings.c.fact.is_(None))
         return await self._transact(lambda connection: [_kept(row) for row in connection.execute(query)])
+
+    async def _near(self, places: Collection[str], query: str) -> list[int]:
+        """The numbers of the facts in these places that are nearest to a query, the nearest first."""
+        embedder = self._embedder
+        if embedder is None:
+            return []
+        await self._fill(places)
+        of_facts = (
+            select(_facts.c.number, _vectors.c.vector)
+            .join(_vectors, _vectors.c.fact == _facts.c.number)
+            .where(_facts.c.place.in_(places), ~_forgotten, _vectors.c.model == embedder.name)
+            .order_by(_facts.c.number.desc())
+        )
+        kept = await self._transact(lambda connection: [tuple(row) for row in connection.execute(of_facts)])
+        (wanted,) = (await embedder.embed([query], query=True)) if kept else [None]
+        if wanted is None:
+            return []
+        return await asyncio.to_thread(
+            vectors.nearest, wanted, kept, least=embedder.similarity, count=_NEAR
+        )  # not where workflows' tasks run: it may take a while
+
+    async def _fill(self, places: Collection[str]) -> None:
+        """Make vectors of facts in these places that have none by this model: of some at a time, the newest first."""
+        embedder = self._embedder
+        if embedder is None:
+            return
+        there = exists().where(_vectors.c.fact == _facts.c.number, _vectors.c.model == embedder.name)
+        missing = (
+            select(_facts.c.number, _facts.c.text)
+            .where(_facts.c.place.in_(places), ~_forgotten, ~there)
+            .order_by(_facts.c.number.desc())
+            .limit(_EMBEDDED_AT_ONCE)
+        )
+        facts = await self._transact(lambda connection: [tuple(row) for row in connection.execute(missing)])
+        made = await embedder.embed([text for _, text in facts]) if facts else []
+        rows = [
+            {"fact": number, "model": embedder.name, "vector": vector}
+            for (number, _), vector in zip(facts, made, strict=True)
+            if vector is not None
+        ]
+        if rows:
+            await self._transact(
+                lambda connection: connection.execute(_insert_new(connection, _vectors), rows), writes=True
+            )
 
     async def _transact(self, work: Callable[[Connection], T], *, writes: bool = False) -> T:
         return await self._ledger.transact(work, writes=writes, tables=_tables)
@@ -414,10 +493,26 @@ def _newest(connection: Connection, here: Select[Any]) -> list[Fact]:
     return [_fact(row) for row in connection.execute(here.order_by(_facts.c.number.desc()))]
 
 
-def _fitting(connection: Connection, here: Select[Any], places: Collection[str], wanted: list[str]) -> list[Fact]:
-    """Those of these facts that hold one of the words, the best first; of equals, the newest."""
+def _fitting(
+    connection: Connection, here: Select[Any], places: Collection[str], wanted: list[str], near: Sequence[int]
+) -> list[Fact]:
+    """Those of these facts that hold one of the words, or are among those numbered, the best first.
+
+    Args:
+        connection: the database.
+        here: the facts.
+        places: where they are.
+        wanted: the words; of facts that fit them equally, the newest.
+        near: the numbers, in an order that counts as much as that by the words.
+    """
     found = _newest(connection, here.where(_index(connection).holding(places, wanted)))
-    return [found[index] for index in search.ranked(wanted, [fact.text for fact in found])]
+    by_words = [found[index] for index in search.ranked(wanted, [fact.text for fact in found])]
+    if not near:
+        return by_words
+    rows = {row.number: _fact(row) for row in connection.execute(here.where(_facts.c.number.in_(near)))}
+    by_vectors = [rows[number] for number in near if number in rows]
+    facts = {fact.id: fact for fact in (*by_words, *by_vectors)}
+    return [facts[one] for one in vectors.fused([[fact.id for fact in order] for order in (by_words, by_vectors)])]
 
 
 def _fact(row: Row[Any]) -> Fact:

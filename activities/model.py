@@ -29,7 +29,7 @@ from activities.entries import Entry, MemoryMessage, Message, RepairMessage, Too
 from activities.forms import Form, Reading
 from activities.heartbeat import beating
 from activities.ledger import Ledger
-from activities.memory import Memory
+from activities.memory import Embedder, Memory
 from activities.spend import Spending
 from activities.stream import Put, Telling
 from workflows import names
@@ -70,10 +70,10 @@ class _CrowdedError(Exception):
 class Model(ModelActivities):
     """Makes model calls and records them."""
 
-    def __init__(self, ledger: Ledger, pools: Pools, put: Put | None = None) -> None:
+    def __init__(self, ledger: Ledger, pools: Pools, put: Put | None = None, embedder: Embedder | None = None) -> None:
         self._ledger = ledger
         self._conversations = Conversations(ledger)
-        self._memory = Memory(ledger)
+        self._memory = Memory(ledger, embedder)
         self._spending = Spending(ledger)
         self._pools = pools
         self._put = put

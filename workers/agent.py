@@ -15,12 +15,12 @@ from activities.agent_state import AgentLedger
 from activities.clock import Clock
 from activities.ledger import Ledger
 from activities.mcp_servers import Servers
-from activities.memory import Memory
+from activities.memory import Embedder, Memory
 from activities.publish import Publish
 from activities.specs import SpecError, Specs, SpecSet, load_specs
 from activities.spend import Budgets, Spending
 from activities.tools import Tools
-from workers import kafka, wiring
+from workers import embeddings, kafka, wiring
 from workers.settings import Settings, environment
 from workers.spawn import launcher
 from workflows.agent import AgentWorkflow
@@ -50,11 +50,17 @@ def mcp_servers(folder: Path) -> Servers:
 
 
 def agent_worker(  # noqa: PLR0913, PLR0917  # what it is wired from
-    client: Client, settings: Settings, specs: SpecSet, ledger: Ledger, publisher: Publish, servers: Servers
+    client: Client,
+    settings: Settings,
+    specs: SpecSet,
+    ledger: Ledger,
+    publisher: Publish,
+    servers: Servers,
+    embedder: Embedder | None = None,
 ) -> Worker:
     """The worker for the agents' task queue: workflows, tools, ledger, specs, publish."""
     state = AgentLedger(ledger)
-    tools = Tools(specs.tool, settings.state_dir / "tools", ledger, servers, Memory(ledger))
+    tools = Tools(specs.tool, settings.state_dir / "tools", ledger, servers, Memory(ledger, embedder))
     clock = Clock(client, partial(wiring.deliver, client, settings.task_queue))
     return Worker(
         client,
@@ -98,6 +104,7 @@ async def main(settings: Settings, stop: asyncio.Event) -> None:
         Ledger(settings.ledger_url) as ledger,
         contextlib.aclosing(publisher),
         mcp_servers(settings.specs) as servers,
-        agent_worker(client, settings, specs, ledger, publisher, servers),
+        embeddings.embedder(settings) as embedder,
+        agent_worker(client, settings, specs, ledger, publisher, servers, embedder),
     ):
         await stop.wait()

@@ -16,7 +16,7 @@ from temporalio.exceptions import ApplicationError
 from activities.entries import Fact
 from activities.ledger import Ledger
 from activities.memory import Call, KeptFact, Memory
-from workers import operations
+from workers import embeddings, operations
 from workers.exits import BAD_INPUT, CommandError
 from workers.settings import Settings
 from workflows import names
@@ -68,8 +68,8 @@ def _team(settings: Settings, address: Address) -> str | None:
 @contextlib.asynccontextmanager
 async def _memory(settings: Settings) -> AsyncIterator[Memory]:
     try:
-        async with Ledger(settings.ledger_url) as ledger:
-            yield Memory(ledger)
+        async with Ledger(settings.ledger_url) as ledger, embeddings.embedder(settings) as embedder:
+            yield Memory(ledger, embedder)
     except ApplicationError as error:
         raise CommandError(f"{error.message}\nCorrect PERENNIAL_LEDGER_URL, or start the database.") from error
     except ValueError as error:

@@ -10,10 +10,11 @@ from temporalio.worker import Worker
 
 from activities.endpoints import ModelsConfig, ModelsError, Pools, load_models, models_from_environment
 from activities.ledger import Ledger
+from activities.memory import Embedder
 from activities.model import Model
 from activities.stream import Put
 from activities.stream_topic import StreamTopic
-from workers import kafka, wiring
+from workers import embeddings, kafka, wiring
 from workers.agent import HEARTBEAT_THROTTLE
 from workers.settings import Settings, environment, provider_environment
 from workflows import names
@@ -41,9 +42,16 @@ def model_pools(config: ModelsConfig) -> Pools:
     return pools
 
 
-def model_worker(client: Client, settings: Settings, ledger: Ledger, pools: Pools, put: Put | None = None) -> Worker:
+def model_worker(  # noqa: PLR0913, PLR0917  # what it is wired from
+    client: Client,
+    settings: Settings,
+    ledger: Ledger,
+    pools: Pools,
+    put: Put | None = None,
+    embedder: Embedder | None = None,
+) -> Worker:
     """The worker for the queue of the model calls; `put` takes what models say, for `agents.stream`."""
-    model = Model(ledger, pools, put)
+    model = Model(ledger, pools, put, embedder)
     return Worker(
         client,
         task_queue=names.model_queue(settings.task_queue),
@@ -72,6 +80,7 @@ async def main(settings: Settings, stop: asyncio.Event) -> None:
         Ledger(settings.ledger_url) as ledger,
         pools,
         contextlib.aclosing(stream),
-        model_worker(client, settings, ledger, pools, stream.put),
+        embeddings.embedder(settings) as embedder,
+        model_worker(client, settings, ledger, pools, stream.put, embedder),
     ):
         await stop.wait()

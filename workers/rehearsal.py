@@ -39,7 +39,15 @@ from typing_extensions import override
 
 from activities import documents
 from workers.rehearsal_answers import Decision, DirectiveError, Latency, decide
-from workers.rehearsal_protocol import ChatRequest, chunks, completion, models, refusal
+from workers.rehearsal_protocol import (
+    ChatRequest,
+    EmbeddingsRequest,
+    chunks,
+    completion,
+    embeddings,
+    models,
+    refusal,
+)
 from workers.rehearsal_rules import Rules
 from workers.settings import PREFIX, Settings
 
@@ -144,6 +152,7 @@ class Endpoint:
             routes=[
                 Route(f"{_PATH}/models", self._models),
                 Route(f"{_PATH}/chat/completions", self._completions, methods=["POST"]),
+                Route(f"{_PATH}/embeddings", self._embeddings, methods=["POST"]),
                 Route("/rehearsal/calls", self._calls),
             ],
             exception_handlers={HTTPException: _refuse, Exception: _report},
@@ -159,21 +168,27 @@ class Endpoint:
     async def _calls(self, _: Request) -> Response:
         return JSONResponse([asdict(count) for count in self._counts])
 
+    async def _embeddings(self, request: Request) -> Response:
+        body = await _body(request)
+        if body is None:
+            return _too_large()
+        try:
+            return JSONResponse(embeddings(EmbeddingsRequest.model_validate_json(body)))
+        except ValidationError as error:
+            return _refused(_BAD_REQUEST, _faults(error))
+
     async def _completions(self, request: Request) -> Response | _Reply:
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > _MOST_BYTES:
-                return _refused(_TOO_LARGE, f"The body is larger than {_MOST_BYTES} bytes.")
+        body = await _body(request)
+        if body is None:
+            return _too_large()
         # A client that names no key is known by what it asks.
         key = request.headers.get(KEY_HEADER) or f"body-{hashlib.sha256(body).hexdigest()[:32]}"
         count = self._counts.asked(key)
         try:
-            asked = ChatRequest.model_validate_json(bytes(body))
+            asked = ChatRequest.model_validate_json(body)
             decision = decide(asked, self._rules)
         except ValidationError as error:
-            faults = (f"{'.'.join(map(str, fault['loc'])) or 'body'}: {fault['msg']}" for fault in error.errors())
-            return _refused(_BAD_REQUEST, "; ".join(faults))
+            return _refused(_BAD_REQUEST, _faults(error))
         except DirectiveError as error:
             return _refused(_BAD_REQUEST, str(error))
         return _Reply(asked, decision, count, decision.latency or self._latency, self._stopping)
@@ -250,6 +265,24 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+async def _body(request: Request) -> bytes | None:
+    """What was sent; None if it is too large."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > _MOST_BYTES:
+            return None
+    return bytes(body)
+
+
+def _too_large() -> Response:
+    return _refused(_TOO_LARGE, f"The body is larger than {_MOST_BYTES} bytes.")
+
+
+def _faults(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'body'}: {fault['msg']}" for fault in error.errors())
+
+
 def _refused(status: int, message: str) -> Response:
     return JSONResponse(refusal(status, message), status)
 
@@ -258,8 +291,8 @@ async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return _refused(
         error.status_code,
-        f"{request.method} {request.url.path}: {error.detail}. There are GET /v1/models, POST /v1/chat/completions and "
-        "GET /rehearsal/calls.",
+        f"{request.method} {request.url.path}: {error.detail}. There are GET /v1/models, POST /v1/chat/completions, "
+        "POST /v1/embeddings and GET /rehearsal/calls.",
     )
 
 

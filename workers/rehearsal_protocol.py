@@ -4,6 +4,7 @@
     completion(request, Answer(text="Hello."), key)     # the body of an answer
     chunks(request, Answer(text="Hello."), key)         # the same as server-sent events
     refusal(429, "Slow down.")                          # the body of an error
+    embeddings(EmbeddingsRequest(input=["a text"]))     # vectors of texts
 
 What is not known here is ignored: a client may send any option of its vendor.
 """
@@ -15,12 +16,14 @@ import json
 import math
 import re
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
+from activities import search
 from activities.endpoints import REHEARSAL
 
 _CHARACTERS_PER_TOKEN = 4
@@ -257,3 +260,48 @@ def _event(content: dict[str, Any]) -> str:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+# Embeddings ----------------------------------------------------------------------------------------------------------
+
+_DIMENSIONS = 256
+_GRAM = 4
+
+
+class EmbeddingsRequest(_Part):
+    """Texts to be made vectors of."""
+
+    model: str
+    input: list[str] = Field(min_length=1)
+    dimensions: int = Field(_DIMENSIONS, ge=1, le=4096)
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _one_text(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+def embeddings(asked: EmbeddingsRequest) -> dict[str, JsonValue]:
+    """The body of an answer: vectors of the parts of the words, four letters each. Texts that share some are near.
+
+    So nothing is understood, but "Sonnenschirm" is near to "Schirm", and a typing mistake does little harm.
+    """
+    tokens = sum(-(-len(text) // _CHARACTERS_PER_TOKEN) for text in asked.input)
+    return {
+        "object": "list",
+        "model": f"{REHEARSAL}-embeddings",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": list(_embedding(text, asked.dimensions))}
+            for index, text in enumerate(asked.input)
+        ],
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+def _embedding(text: str, dimensions: int) -> list[float]:
+    numbers = [0.0] * dimensions
+    for word in search.words(text):
+        for start in range(max(1, len(word) - _GRAM + 1)):
+            number = zlib.crc32(word[start : start + _GRAM].encode())
+            numbers[number // 2 % dimensions] += 1.0 if number % 2 else -1.0
+    return numbers if any(numbers) else [1.0] * dimensions

@@ -47,6 +47,10 @@ def test_without_routes_the_default_is_all_pools_in_their_order() -> None:
         ("pools: {}\n", ":1: pools: "),
         ("pools:\n  p: {model: 'openai-chat:x', timeout_seconds: 0}\n", r":2: pools\.p\.timeout_seconds: "),
         ("pools:\n  p: {model: 'openai-chat:x', base_url: here}\n", r":2: pools\.p\.base_url: "),
+        (
+            "pools:\n  p: {model: 'openai-chat:x'}\nembeddings: {model: 'openai:x', dimension: 9}\n",
+            r":3: embeddings\.dimension: ",
+        ),
         ("pools:\n  p: [\n", "not valid YAML"),
     ],
 )

@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,26 @@ async def test_odd_content_is_taken() -> None:
     assert answer.json()["choices"][0]["message"]["content"] == "hi"
     assert (not_json.status_code, elsewhere.status_code, wrong_way.status_code) == (400, 404, 405)
     assert "POST /v1/chat/completions" in elsewhere.json()["error"]["message"]
+
+
+async def test_texts_are_made_vectors_of() -> None:
+    """As OpenAI's embeddings endpoint answers; always the same, and nearer where words share their parts."""
+    async with serving(Rules()) as url, client(url) as http:
+        asked = {"model": "m", "input": ["Sonnenschirm", "Schirm", "Hund", "", "🚚"], "dimensions": 512}
+        answers = [await http.post("/v1/embeddings", json=asked) for _ in range(2)]
+        one = (await http.post("/v1/embeddings", json={"model": "m", "input": "Hund"})).json()
+        wrong = await http.post("/v1/embeddings", json={"model": "m", "input": []})
+    assert answers[0].json() == answers[1].json()
+    found = answers[0].json()["data"]
+    assert [item["index"] for item in found] == [0, 1, 2, 3, 4]
+    shade, umbrella, dog, *_ = (item["embedding"] for item in found)
+    assert all(len(item["embedding"]) == 512 and any(item["embedding"]) for item in found)
+    near, far = (sum(map(mul, umbrella, other)) for other in (shade, dog))
+    assert near > far == 0
+    assert len(one["data"][0]["embedding"]) == 256
+    assert one["usage"] == {"prompt_tokens": 1, "total_tokens": 1}
+    assert wrong.status_code == 400
+    assert "input" in wrong.json()["error"]["message"]
 
 
 # Counting and waiting ------------------------------------------------------------------------------------------------
