@@ -101,7 +101,7 @@ class Acting:
                 waits = self._only_waits(acting)
                 if waits != shown:
                     shown = waits
-                    workflow.upsert_search_attributes([STATE_ATTRIBUTE.value_set("waiting" if waits else "active")])
+                    self._show_state(waits=waits)
                 self._life.show()
 
                 def something_to_do(*, shown: bool = waits) -> bool:
@@ -119,9 +119,14 @@ class Acting:
                 task.cancel()  # nothing, if it has ended; else the agent is cancelled, or goes on in a new run
             await asyncio.gather(*tasks, return_exceptions=True)
         if shown is not False:
-            workflow.upsert_search_attributes([STATE_ATTRIBUTE.value_set("active")])
+            self._show_state(waits=False)
         for task in tasks:
             task.result()
+
+    def _show_state(self, *, waits: bool) -> None:
+        """As the Web UI's filter has it; whoever has paused the agent finds it paused."""
+        word = "paused" if self._life.state.paused else "waiting" if waits else "active"
+        workflow.upsert_search_attributes([STATE_ATTRIBUTE.value_set(word)])
 
     def _only_waits(self, acting: StepCalls) -> bool:
         return self._working == 0 and bool(acting.open)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import getpass
 import json
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from servers import eventually
 from stack import PERENNIAL, Finished, Stack, run
 from traffic import letter, workflow_of
 
+from activities.demo_store import DATABASE, effects
 from workflows import names
 from workflows.messages import CompleteRequest, DecideRequest, Settlement
 
@@ -227,3 +229,27 @@ async def test_the_commands_say_what_they_cannot_do(stack: Stack) -> None:
         assert refused.status == status, (arguments, refused.err)
         assert complaint in refused.err, refused.err
         assert "Traceback" not in refused.err
+
+
+@pytest.mark.parametrize("verb", ["approve", "refuse"])
+async def test_a_big_refund_in_the_demo_company_waits_for_a_person(tmp_path: Path, verb: str) -> None:
+    """As the README tells: a colleague asks for it, another one decides; the store's books say what was paid."""
+    async with Stack(tmp_path) as stack:
+        question = "Refund order-1024, as agreed."
+        asking = asyncio.create_task(perennial(stack, "ask", "customer-service/customer-24", question))
+        (call,) = await waiting(stack, "customer-24", "approvals")
+        assert call["call"] == f"{workflow_of('customer-24')}/1/2/0"
+        assert json.loads(call["arguments"])["amount_cents"] == 24900
+        assert effects(stack.tools / DATABASE) == []
+        decided = await perennial(stack, "approvals", verb, call["call"], "--reason", "I have asked the carrier")
+        assert decided.status == 0, decided.err
+        asked = await asking
+        paid = [effect.amount_cents for effect in effects(stack.tools / DATABASE)]
+    assert asked.status == 0, asked.err
+    if verb == "approve":
+        assert "order-1024 is refunded: 249.00 EUR." in asked.out
+        assert paid == [24900]
+    else:
+        assert f"order-1024 is not refunded. Not made: this call was refused by {ME} at" in asked.out
+        assert "I have asked the carrier" in asked.out
+        assert paid == []

@@ -24,6 +24,7 @@ from activities.specs import load_agent
 from workers.rehearsal_protocol import Answer, Call
 from workers.rehearsal_rules import Applied, Before, Result, Rules, Told, read_event, read_result
 from workflows import names, repair
+from workflows.approval import ApprovalPolicy, Permission, judge
 from workflows.events import Event
 from workflows.spec import MemorySpec
 
@@ -357,6 +358,57 @@ def test_a_call_of_the_demo_has_arguments_that_its_tool_knows() -> None:
     rules_only = "\n".join(line for line in STORE.read_text(encoding="utf-8").splitlines() if "#" not in line)
     mentioned = set(re.findall(r"\bdata\.(\w+)", rules_only))
     assert mentioned <= fields
+
+
+def refunds(store: Rules, told: Told, order: dict[str, JsonValue]) -> list[Call]:
+    """What the demo's rules refund about an event, when the order that they look up is this one."""
+    applied = store.find(told, TOOLS, NOTHING_BEFORE)
+    assert applied is not None
+    made = applied.answer(
+        lambda call: Result(order) if call.tool == "look_up_order" else None,  # once looked up, it is decided upon
+        tools_allowed=True,
+    )
+    return [call for call in made.calls if call.tool == "refund"]
+
+
+@pytest.fixture(scope="module")
+def policy() -> ApprovalPolicy:
+    """Which refunds a person has to approve, by the spec of the demo's customer service."""
+    agent = load_agent(Path("deploy/agents/customer-service.yaml"))
+    (found,) = (tool.approval for tool in agent.definitions if tool.name == "refund")
+    assert found is not None
+    return found
+
+
+def orders(paid_cents: int) -> list[dict[str, JsonValue]]:
+    """Orders for which a refund may be due."""
+    order: dict[str, JsonValue] = {"order_id": "order-1024", "refunded_cents": 0, "paid_cents": paid_cents}
+    late = {"status": "delayed", "days_late": 9}
+    return [{**order, **more} for more in ({"status": "lost", "days_late": 0}, late, {"status": "delivered"})]
+
+
+def test_the_demo_waits_for_nobody(policy: ApprovalPolicy) -> None:
+    """It ends by itself: no refund that its events lead to is one that a person has to approve."""
+    store, _ = documents.read(STORE, Rules)
+    made = [
+        call
+        for one in demo_events()
+        for order in (*orders(24900), *orders(20000), *orders(4990))
+        if (told := read_event(render(one)))
+        for call in refunds(store, told, order)
+    ]
+    assert made
+    assert {judge(policy, json.dumps(call.arguments)) for call in made} == {Permission.ALLOW}
+
+
+@pytest.mark.parametrize(("paid_cents", "expected"), [(24900, Permission.ASK), (20000, Permission.ALLOW)])
+def test_a_colleague_can_have_a_person_asked(policy: ApprovalPolicy, paid_cents: int, expected: Permission) -> None:
+    """As the README tells: of a refund above 200 EUR, and of no other."""
+    store, _ = documents.read(STORE, Rules)
+    for order in orders(paid_cents):
+        (call,) = refunds(store, question("Refund order-1024, as agreed."), order)
+        assert judge(policy, json.dumps(call.arguments)) is expected
+    assert not refunds(store, question("Is there a refund for order-1024?"), orders(paid_cents)[0])
 
 
 def test_what_the_demo_s_rules_say_to_security_fits_its_schema() -> None:

@@ -404,3 +404,18 @@ async def test_a_stopped_or_paused_agent_still_takes_a_decision(
         await handle.result()
     assert made(world) == ["refund"]
     assert len(world.replies) == 1
+
+
+async def test_a_paused_agent_is_shown_as_paused_whatever_its_calls_come_to(
+    client: Client, queue: str, agent_id: str, eventually: Eventually
+) -> None:
+    """P13: the Web UI's filter does not lose it when the turn goes on and ends."""
+    world = world_of(REFUND)
+    async with world.workers(client, queue):
+        handle = await deliver(client, agent_id, queue, event(1))
+        await waiting(handle, eventually)
+        await handle.execute_update(names.PAUSE, ME, result_type=Status)
+        await decide(handle, key(agent_id), approve=True)
+        await eventually(lambda: len(world.replies) == 1)
+        about = await handle.describe()
+    assert about.search_attributes[names.STATE_ATTRIBUTE] == ["paused"]
