@@ -55,6 +55,11 @@ _TURN_SECONDS = Histogram(
 )
 _REPLIES = Counter("perennial_replies_total", "Replies published.", ["agent"])
 _TOOL_CALLS = Counter("perennial_tool_calls_total", "Tool calls that ended.", ["tool", "outcome"])
+_APPROVALS = Counter(
+    "perennial_approvals_total",
+    "Tool calls that wait for a human's decision, or have waited; outcome: requested, approved or refused.",
+    ["agent", "outcome"],
+)
 _TOOL_SECONDS = Histogram("perennial_tool_call_seconds", "Duration of a tool call.", ["tool"], buckets=_SECONDS)
 _HUNG = Gauge(
     "perennial_tool_hung_threads", "Calls of sync tools that were given up and have not returned since.", ["tool"]
@@ -195,6 +200,11 @@ def tool_call(tool: str, outcome: str, seconds: float) -> None:
 def hung_threads(tool: str, threads: int) -> None:
     """So many calls of a sync tool were given up and hang on this worker."""
     _HUNG.labels(tool).set(threads)
+
+
+def approval(agent: str, outcome: str) -> None:
+    """A decision about a tool call was `requested`, or it was `approved` or `refused`, by a person or by expiry."""
+    _APPROVALS.labels(agent, outcome).inc()
 
 
 def model_call(pool: str, model: str, outcome: str, seconds: float) -> None:

@@ -23,7 +23,7 @@ from workflows import names
 from workflows.errors import Remedy, activity_error
 from workflows.events import Outgoing
 from workflows.interface import PublishActivities
-from workflows.messages import PublishRequest, TurnSummary
+from workflows.messages import PublishRequest, Settlement, TurnSummary
 
 _TURNS = (names.TURN_COMPLETED_TYPE, names.TURN_FAILED_TYPE)
 
@@ -120,3 +120,7 @@ def _count(message: Outgoing) -> None:
     elif message.type in _TURNS:
         summary = TurnSummary.model_validate(message.data)
         metrics.turn(agent, summary.outcome.value, summary.seconds)
+    elif message.type == names.APPROVAL_REQUESTED_TYPE:
+        metrics.approval(agent, "requested")
+    elif message.type == names.APPROVAL_DECIDED_TYPE:
+        metrics.approval(agent, "approved" if Settlement.model_validate(message.data).approved else "refused")

@@ -35,6 +35,7 @@ GOLDEN = {
     "perennial_turn_seconds": ("agent",),
     "perennial_replies_total": ("agent",),
     "perennial_tool_calls_total": ("tool", "outcome"),
+    "perennial_approvals_total": ("agent", "outcome"),
     "perennial_tool_call_seconds": ("tool",),
     "perennial_tool_hung_threads": ("tool",),
     "perennial_model_calls_total": ("pool", "model", "outcome"),
@@ -123,6 +124,7 @@ X = uuid.uuid4().hex
         (lambda: metrics.tool_call(X, "ok", 2), "perennial_tool_calls_total", {"tool": X, "outcome": "ok"}, 1),
         (lambda: metrics.tool_call(X, "ok", 2), "perennial_tool_call_seconds_sum", {"tool": X}, 2),
         (lambda: metrics.hung_threads(X, 2), "perennial_tool_hung_threads", {"tool": X}, 2),
+        (lambda: metrics.approval(X, "approved"), "perennial_approvals_total", {"agent": X, "outcome": "approved"}, 1),
         (lambda: metrics.delta(X), "perennial_stream_records_total", {"outcome": X}, 1),
         (lambda: metrics.reply_repair(X), "perennial_reply_repairs_total", {"outcome": X}, 1),
         (

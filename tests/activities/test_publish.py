@@ -24,7 +24,7 @@ from workers.records import Decoded, Record
 from workflows import names
 from workflows.errors import Remedy
 from workflows.events import Outgoing
-from workflows.messages import PublishRequest, TurnOutcome, TurnSummary, Usage
+from workflows.messages import PublishRequest, Settlement, TurnOutcome, TurnSummary, Usage, Waits
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 PARTITIONS = 4
@@ -150,9 +150,10 @@ async def test_the_events_of_one_agent_stay_in_order(broker: AnyBroker, publishe
 
 
 async def test_what_is_published_is_counted(publisher: Publish, topic: str) -> None:
-    """The metrics agree with the topics: replies, turns by outcome, duplicates."""
+    """The metrics agree with the topics: replies, turns by outcome, duplicates, decisions."""
     agent = f"desk-{uuid.uuid4()}"
     extensions = {"agent": agent}
+    refused = Settlement(call="c", waits_for=Waits.APPROVAL, approved=False, by="ada", at=NOW)
     failed = TurnSummary(agent=agent, turn=1, outcome=TurnOutcome.FAILED, seconds=2, usage=Usage(input_tokens=1))
     await publish(
         publisher,
@@ -160,7 +161,14 @@ async def test_what_is_published_is_counted(publisher: Publish, topic: str) -> N
         message(topic, 2, type=names.TURN_FAILED_TYPE, extensions=extensions, data=failed.model_dump(mode="json")),
         message(topic, 3, type=names.DUPLICATE_TYPE, extensions=extensions),
         message(topic, 4, type=names.AGENT_PAUSED_TYPE, extensions=extensions),
+        message(topic, 5, type=names.APPROVAL_REQUESTED_TYPE, extensions=extensions),
+        message(
+            *(topic, 6), type=names.APPROVAL_DECIDED_TYPE, extensions=extensions, data=refused.model_dump(mode="json")
+        ),
     )
+    assert counted("perennial_approvals_total", agent=agent, outcome="requested") == 1
+    assert counted("perennial_approvals_total", agent=agent, outcome="refused") == 1
+    assert counted("perennial_approvals_total", agent=agent, outcome="approved") == 0
     assert counted("perennial_replies_total", agent=agent) == 1
     assert counted("perennial_turns_total", agent=agent, outcome="failed") == 1
     assert counted("perennial_turn_seconds_sum", agent=agent) == 2
