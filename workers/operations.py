@@ -29,6 +29,7 @@ from temporalio.client import (
     WorkflowExecution,
     WorkflowExecutionDescription,
     WorkflowExecutionStatus,
+    WorkflowQueryFailedError,
     WorkflowUpdateFailedError,
     WorkflowUpdateRPCTimeoutOrCancelledError,
 )
@@ -42,7 +43,7 @@ from workers.exits import BAD_INPUT, CommandError
 from workers.settings import Settings
 from workflows import names
 from workflows.events import Event
-from workflows.messages import AskRequest, Intervention, Reply, Status
+from workflows.messages import AskRequest, Intervention, Reply, Status, Waits
 from workflows.names import Address
 from workflows.spec import AgentSpec, ResolvedSpec
 from workflows.state import AgentInput
@@ -318,7 +319,7 @@ async def ask(  # noqa: PLR0913  # who asks whom what, and how long to wait
         address: whom to ask.
         request: the question; without an id it is given one.
         seconds: how long to wait.
-        on_wait: told when the answer takes long and a worker is missing.
+        on_wait: told when the answer takes long, since a worker is missing, or a tool call waits for people.
 
     Raises:
         CommandError: there was no answer in time, or the agent refuses the question.
@@ -328,12 +329,12 @@ async def ask(  # noqa: PLR0913  # who asks whom what, and how long to wait
     try:
         done, _ = await asyncio.wait([asking], timeout=min(seconds, _QUIET_SECONDS))
         if not done and seconds > _QUIET_SECONDS:
-            if absent := await absent_workers(client, settings):
-                on_wait(absent)
+            if why := await _held_up(client, settings, address):
+                on_wait(why)
             done, _ = await asyncio.wait([asking], timeout=seconds - _QUIET_SECONDS)
         if not done:
             why = (
-                await absent_workers(client, settings)
+                await _held_up(client, settings, address)
                 or "the agent is still at it; `perennial show` tells what it does"
             )
             raise CommandError(
@@ -345,6 +346,21 @@ async def ask(  # noqa: PLR0913  # who asks whom what, and how long to wait
     finally:
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
+
+
+async def _held_up(client: Client, settings: Settings, address: Address) -> str:
+    """What an agent's answer waits for, other than its model and tools; empty if nothing is known."""
+    if absent := await absent_workers(client, settings):
+        return absent
+    handle = client.get_workflow_handle(names.workflow_id(address))
+    try:
+        status: Status = await handle.query(names.STATUS, result_type=Status, rpc_timeout=_RPC)
+    except (RPCError, WorkflowQueryFailedError):
+        return ""
+    calls = [call for call in status.open_calls if call.waits_for is Waits.APPROVAL]
+    if not calls:
+        return ""
+    return f"{calls[0].tool} waits for a decision: `perennial approvals {shown(address)}`"
 
 
 async def absent_workers(client: Client, settings: Settings) -> str:

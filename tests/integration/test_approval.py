@@ -166,6 +166,19 @@ async def test_a_decision_comes_by_update(stack: Stack) -> None:
     assert "30000 cents are paid" in stack.replies("cleo")[0]
 
 
+async def test_whoever_asks_is_told_that_a_decision_is_waited_for(stack: Stack) -> None:
+    """The question need not be asked anew: its reply is there by its id, once somebody has decided."""
+    ask = ("ask", "customer-service/gil", PAY, "--id", "q-1", "--timeout")
+    asked = await perennial(stack, *ask, "6")
+    assert asked.status == 1
+    assert "pay waits for a decision: `perennial approvals store/customer-service/gil`" in asked.err
+    assert "Ask again with `--id q-1`" in asked.err
+    (call,) = await waiting(stack, "gil", "approvals")
+    assert (await perennial(stack, "approvals", "approve", call["call"])).status == 0
+    again = await perennial(stack, *ask, "60")
+    assert "30000 cents are paid" in again.out
+
+
 @pytest.mark.parametrize("way", ["text", "file", "event", "update"])
 async def test_an_answer_comes_from_outside(stack: Stack, tmp_path: Path, way: str) -> None:
     """By the command, in either form, by an event, or by update; the agent goes on with what it says."""
