@@ -549,7 +549,13 @@ async def _steer(settings: Settings, agent: str, update: str, reason: str, outpu
 
 # An agent's past --------------------------------------------------------------------------------------------------
 
-EntryId = Annotated[str, typer.Argument(metavar="ENTRY", help="An entry's id, or its beginning; see `show --tree`.")]
+EntryId = Annotated[
+    str,
+    typer.Argument(
+        metavar="ENTRY",
+        help="An entry: its id, the beginning of that, or its turn and step, such as 2.1; see `show --tree`.",
+    ),
+]
 Patience = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds to wait for the agent.")]
 
 

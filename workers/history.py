@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Callable
 from uuid import uuid4
 
@@ -34,6 +35,7 @@ _CALLS_LISTED = 1000
 _FINDINGS_KEPT = 1000
 _ID_LENGTH = 64
 _HEXADECIMAL = frozenset("0123456789abcdef")
+_PLACE = re.compile(r"([0-9]{1,9})\.([0-9]{1,9})")
 _SAID_CHARACTERS = 200
 
 
@@ -127,16 +129,24 @@ async def opened(settings: Settings) -> AsyncIterator[Ledger]:
 
 
 async def find_entry(ledger: Ledger, address: Address, text: str) -> Entry:
-    """The entry on a branch of an agent that somebody means by an id or the beginning of one.
+    """The entry on a branch of an agent that somebody means by an id, the beginning of one, or as `turn.step`.
 
     Raises:
         CommandError: there is none, or more than one.
     """
     who, workflow_id = operations.shown(address), names.workflow_id(address)
+    look = f"`perennial show {who} --tree` lists its entries"
     prefix = text.strip().lower()
+    if place := _PLACE.fullmatch(prefix):
+        at = await ledger.find(workflow_id, int(place[1]), int(place[2]))
+        if at is None:
+            raise CommandError(f"{who} has no turn {place[1]}, step {place[2]} of its own; {look}.", BAD_INPUT)
+        return at
     if not prefix or len(prefix) > _ID_LENGTH or not _HEXADECIMAL.issuperset(prefix):
         raise CommandError(
-            f"{text!r} is no entry's id: that is {_ID_LENGTH} hexadecimal digits, or their beginning.", BAD_INPUT
+            f"{text!r} is no entry's id: that is {_ID_LENGTH} hexadecimal digits, or their beginning; nor a "
+            "turn and step such as 2.1.",
+            BAD_INPUT,
         )
     origin = await ledger.origin(workflow_id)
     found = await ledger.starting_with(workflow_id, prefix, above=origin.head if origin else None, limit=5)
@@ -145,7 +155,6 @@ async def find_entry(ledger: Ledger, address: Address, text: str) -> Entry:
         raise CommandError(f"{text!r} is the beginning of several entries: {several}, ... Write more of it.", BAD_INPUT)
     if found:
         return (await ledger.entries(found))[0]
-    look = f"`perennial show {who} --tree` lists its entries"
     if not origin and not await ledger.count(workflow_id):
         raise CommandError(f"{who} has no entries: it has never said anything, or never lived.", BAD_INPUT)
     elsewhere = await ledger.entries([prefix])

@@ -30,7 +30,7 @@ from activities.conversation import SUM_UP, SUMMARY
 from workers.rehearsal_forms import in_form, schema_asked_for
 from workers.rehearsal_protocol import Answer, Call, ChatMessage, ChatRequest, Function
 from workers.rehearsal_rules import Before, Result, ResultOf, Rules, Told, read_event, read_result, reported
-from workflows import repair
+from workflows import names, repair
 
 _MOST_STEPS = 100
 """So many times a turn calls tools; then it answers, whatever it was told."""
@@ -347,7 +347,7 @@ def _fitting_call(functions: Sequence[Function], told: Told) -> Call | None:
     fitting = [
         Call(function.name, arguments)
         for function in functions
-        if (arguments := _arguments(function.parameters, told)) is not None
+        if function.name != names.READ_RESULT and (arguments := _arguments(function.parameters, told)) is not None
     ]
     return next((call for call in fitting if call.arguments), next(iter(fitting), None))
 

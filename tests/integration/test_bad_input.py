@@ -31,6 +31,7 @@ tools:
   - {python: "bad_tools:crash", attempts: 2}
   - {python: "bad_tools:leave", attempts: 1}
   - {python: "bad_tools:jam", timeout_seconds: 1, repeatable: false}
+  - {python: "bad_tools:stick", timeout_seconds: 3600, repeatable: false}
   - {python: "bad_tools:shout"}
   - {python: "bad_tools:odd"}
 budget: {steps_per_turn: 40}
@@ -61,6 +62,11 @@ def jam(page: int) -> str:
     return ""
 
 
+def stick() -> str:
+    """As jam, and it is waited for."""
+    return jam(1)
+
+
 def shout(characters: int) -> str:
     """Say so much."""
     return "".join(f"{number:09d}\\n" for number in range(characters // 10))
@@ -84,7 +90,7 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack
     specs.mkdir()
     (specs / "agent.yaml").write_text(_SPEC)
     (specs / "bad_tools.py").write_text(_TOOLS)
-    async with Stack(folder / "state", specs=specs) as running:
+    async with Stack(folder / "state", specs=specs, variables={"PERENNIAL_DRAIN_SECONDS": "2"}) as running:
         yield running
 
 
@@ -191,6 +197,31 @@ async def test_sync_tools_that_hang_stop_neither_others_nor_the_worker(stack: St
     assert (died.component, died.status) == (AGENT, 0)
     await stack.ready_again(AGENT)
     await goes_on(stack, "jam-1")
+
+
+async def test_a_worker_drains_though_a_call_hangs(stack: Stack) -> None:
+    """One that is not given up yet: once the time to drain is over, it is; its outcome is unknown, and is told."""
+    before = len(stack.reports)
+    await stack.send(letter("sticks", "[[call stick {}]] [[say Stuck.]]"))
+
+    async def is_called() -> bool:
+        described = await stack.client.get_workflow_handle(workflow_of("sticks")).describe()
+        return any(call.activity_type.name == "run_tool" for call in described.raw_description.pending_activities)
+
+    async def has_begun() -> bool:
+        async with stack.ledger() as ledger:
+            return bool(await ledger.of_turn(workflow_of("sticks"), 1)) and await is_called()
+
+    await eventually(has_begun)
+    stack.kill(AGENT, signal.SIGTERM)
+    (died,) = await eventually(lambda: [one for one in stack.reports[before:] if isinstance(one, Died)], 60)
+    assert (died.component, died.status) == (AGENT, 0)
+    await stack.ready_again(AGENT)
+    await stack.all_answered()
+    (result,) = await results(stack, "sticks")
+    assert result.outcome is ToolOutcome.UNKNOWN
+    assert "Whether it took effect is not known." in result.content
+    await goes_on(stack, "sticks")
 
 
 async def test_what_the_readme_has_one_try(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ import re
 import shlex
 import signal
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import pytest_asyncio
+from servers import eventually
 from stack import ROOT, Command, Finished, Stack, none_alive, run
 
 pytestmark = pytest.mark.slow
@@ -100,6 +102,50 @@ async def _use(block: Block, folder: Path) -> None:
     assert shown.status == 0, shown.err
     assert "hotel/concierge/room-7" in shown.out
     assert "http://127.0.0.1:" in shown.out, "its page in the Web UI"
+
+
+TOUR = [
+    ("ask customer-service/customer-07", ["order-1007 is delivered"]),
+    ("send", []),
+    ("tail", ["order-1007 is delivered", "I have made a note", "completed", "2 tool calls"]),
+    ("memory", ["Please don't send it with Royal Mail. (pinned)"]),
+    ("ask customer-service/customer-07", ["I keep in mind", "Royal Mail"]),
+    ("show customer-service/customer-07", ["spent", "Web UI", "calls: remember", "turn 3, step 2"]),
+    ("budget show", ["today", "3 of 200", "2,000,000"]),
+    ("fork", ["what-if begins behind entry", "(turn 1, step 2)"]),
+    ("ask customer-service/what-if", ["The last one was: Where is order-1007?"]),
+    ("rewind", ["remember", "goes on behind entry"]),
+    ("show customer-service/customer-07 --tree", ["○ turn 3, step 2", "← head", "what-if begins here"]),
+    ("verify", []),
+    ("ask security", ['"verdict": "harmless"', "The last login was from"]),
+    ("send", []),
+    ("ask logistics", ["order-1008 is delayed"]),
+    ("show logistics", ["flag_shipment", "calls: track_parcel"]),
+    ("agents", ["store/security/customer-07", "store/logistics/order-1008", "store/customer-service/what-if"]),
+    ("doctor", []),
+]
+"""What the commands of the tour print."""
+
+
+@pytest.mark.timeout(300)
+async def test_the_tour_of_the_demo_company_shows_what_it_says(tmp_path: Path) -> None:
+    """Every command of it, in order, as it is written; the reader waits until an event is answered, and so do we."""
+    (block,) = blocks("<!-- tour:", "## Your first agent")
+    commands = [line for line in block.lines if not line.startswith("#")]
+    state = tmp_path / "state"
+    async with Stack(state) as stack:
+
+        def is_answered(event_id: str) -> bool:
+            return any(of.id == event_id for answer in stack.observer.answers for of in answer.reply.answers)
+
+        for command, (begins, said) in zip(commands, TOUR, strict=True):
+            assert command.startswith(f"perennial {begins}")
+            done = await run("bash", "-euc", command, variables={"PERENNIAL_STATE_DIR": str(state)})
+            assert done.status == 0, (command, done.err)
+            for text in said:
+                assert text in done.out + done.err, (command, done.out, done.err)
+            if begins == "send":
+                await eventually(partial(is_answered, done.out.strip()))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

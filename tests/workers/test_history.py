@@ -56,7 +56,17 @@ async def test_the_beginning_of_an_id_is_enough_when_it_is_of_one_entry(ledger: 
     assert refused.value.status == BAD_INPUT
 
 
-@pytest.mark.parametrize("text", ["", "  ", "xyz", "a" * 65, "ab_", "é"])
+async def test_an_entry_can_be_named_by_its_turn_and_step(ledger: Ledger) -> None:
+    """As `show` prints them; one that is not there is said to be none."""
+    for entry in await turns(ledger, last=3):
+        assert await history.find_entry(ledger, WHO, f" {entry.turn}.{entry.step} ") == entry
+    for place in ("99.1", "1.99", "999999999.0"):
+        with pytest.raises(CommandError, match="has no turn") as refused:
+            await history.find_entry(ledger, WHO, place)
+        assert refused.value.status == BAD_INPUT
+
+
+@pytest.mark.parametrize("text", ["", "  ", "xyz", "1.", "1.2.3", "a" * 65, "ab_", "é"])
 async def test_what_can_be_no_id_is_said_to_be_none(ledger: Ledger, text: str) -> None:
     """P14: and what an id looks like."""
     await turns(ledger, last=1)
