@@ -73,6 +73,8 @@ class Output:
             table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
             for column in table.columns:
                 column.overflow = "fold"
+            widest = max(cell_len(_one_line(line[0]).plain) for line in [columns, *rows])
+            table.columns[0].no_wrap = widest <= self._out.width // 2  # an id is to be copied; else it is folded too
             for row in rows:
                 table.add_row(*(_one_line(cell) for cell in row))
             self._out.print(table)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 from pydantic import BaseModel
+from rich.console import Console
 from rich.text import Text
 
 from workers.console import Output, one_line, visible
@@ -47,6 +49,17 @@ def test_text_from_outside_can_not_play_with_the_terminal(capsys: pytest.Capture
     assert capsys.readouterr().out == "a\\x1b[2Jb\\x07\\u202ec\nd\n\\x9b31m\n"
     assert visible("plain ✓") == "plain ✓"
     assert one_line(" a\r\n\tb  c ") == "a b c"
+
+
+@pytest.mark.parametrize(("width", "whole"), [(100, True), (50, False)])
+def test_an_id_in_a_table_can_be_copied_where_there_is_room(width: int, *, whole: bool) -> None:
+    """On a terminal: the other columns are folded first, unless nothing would be left of them."""
+    output = Output()
+    stream = io.StringIO()
+    output._out = Console(file=stream, force_terminal=True, width=width, highlight=False, markup=False)
+    call = "agent/store/customer-service/customer-24/1/2/0"
+    output.table(["CALL", "SINCE", "UNTIL", "WHAT"], [(call, "2026-11-28 09:02", "2026-11-29 09:02", "refund " * 20)])
+    assert (call in stream.getvalue()) is whole
 
 
 def test_a_table_on_a_pipe_is_aligned_and_never_cut(capsys: pytest.CaptureFixture[str]) -> None:
