@@ -14,14 +14,27 @@ from temporalio.exceptions import ApplicationError
 from typing_extensions import override
 
 from activities import history
-from activities.entries import Entry, ToolMessage
+from activities.conversation import storable
+from activities.entries import Entry, InterruptMessage, ToolMessage
 from activities.forms import Form, Reading
 from activities.heartbeat import beating
 from activities.ledger import Ledger
 from activities.spend import Spending
+from activities.steps import decision, entry_of, new_messages, references
 from workflows import names, repair
+from workflows.budget import Cost
 from workflows.interface import LedgerActivities
-from workflows.messages import Approval, Reply, ReplyRequest, RewindRecord, Rewound, TurnOutcome, Usage
+from workflows.messages import (
+    Approval,
+    CloseRequest,
+    Decision,
+    Reply,
+    ReplyRequest,
+    RewindRecord,
+    Rewound,
+    TurnOutcome,
+    Usage,
+)
 from workflows.state import AgentState, Snapshot
 
 _CALLS_TOLD = 50
@@ -75,6 +88,17 @@ class AgentLedger(LedgerActivities):
     @activity.defn(name="record_approval")
     async def record_approval(self, approval: Approval) -> None:
         await self._ledger.put_approval(approval)
+
+    @override
+    @activity.defn(name="close_step")
+    async def close_step(self, request: CloseRequest) -> Decision:
+        step, ledger = request.step, self._ledger
+        why = InterruptMessage(text=storable(request.why), cancelled=request.cancelled)
+        entry, cost = await self._spending.record(
+            entry_of(step, [*new_messages(step), why], answers=references(step)), Cost()
+        )
+        spec = await ledger.get_spec(step.spec_digest)
+        return decision(entry, Form(spec.reply.json_schema) if spec.reply else None, cost)
 
     @override
     @activity.defn(name="record_rewind")
@@ -135,7 +159,7 @@ def caught_up(state: AgentState, entries: list[Entry], rewinds: Sequence[Rewound
         state.turn = entry.turn
         state.head = entry.id
         state.usage += entry.usage
-        state.model_calls += 1
+        state.model_calls += entry.interruption is None
         state.tool_calls += sum(isinstance(message, ToolMessage) for message in entry.messages)
         for reference in entry.answers:
             if not state.mailbox.seen.get(reference.digest):
@@ -153,8 +177,12 @@ def caught_up(state: AgentState, entries: list[Entry], rewinds: Sequence[Rewound
 def reply_of(entries: list[Entry], form: Form | None = None) -> Reply:
     """The reply of a turn, from its entries in the order of their steps; it had to fit this form."""
     last = entries[-1]
-    unfinished = bool(last.answer and last.answer.tool_calls)
-    error = last.error or ("the turn ended before there was an answer" if unfinished else None)
+    interruption = last.interruption
+    unfinished = bool(last.answer and last.answer.tool_calls) or interruption is not None
+    cancelled = interruption is not None and interruption.cancelled
+    error = (interruption.text if interruption and cancelled else last.error) or (
+        "the turn ended before there was an answer" if unfinished else None
+    )
     reading = form.read(last.answer.text) if form and last.answer and not unfinished else Reading()
     if reading.faults:
         error = repair.failure(reading.faults)
@@ -166,13 +194,19 @@ def reply_of(entries: list[Entry], form: Form | None = None) -> Reply:
         turn=last.turn,
         text=last.answer.text if last.answer and not reading.faults else "",
         data=reading.data,
-        outcome=TurnOutcome.FAILED if error else TurnOutcome.COMPLETED,
+        outcome=_outcome(error, cancelled=cancelled),
         error=error,
         answers=[reference for entry in entries for reference in entry.answers],
         usage=sum((entry.usage for entry in entries), Usage()),
-        steps=len(entries),
+        steps=sum(entry.interruption is None for entry in entries),
         tool_calls=sum(isinstance(message, ToolMessage) for entry in entries for message in entry.messages),
         model=last.model,
         rehearsal=last.rehearsal,
         entry=last.id,
     )
+
+
+def _outcome(error: str | None, *, cancelled: bool) -> TurnOutcome:
+    if cancelled:
+        return TurnOutcome.CANCELLED
+    return TurnOutcome.FAILED if error else TurnOutcome.COMPLETED

@@ -32,6 +32,7 @@ from activities.entries import (
     AssistantMessage,
     Entry,
     Fact,
+    InterruptMessage,
     MemoryMessage,
     Message,
     RepairMessage,
@@ -53,12 +54,14 @@ SUM_UP = (
 SUMMARY = "(What has been said before, as you have summed it up.)"
 EARLIER = "(The earlier part of this conversation is not shown.)"
 LEFT_OUT = "(A message is left out here: it could not be answered.)"
+INTERRUPTED = "(You were interrupted before you answered what came last. {why}.)"
+CANCELLED = "(You were not to answer what came last. {why}.)"
 RESULT_LEFT_OUT = "The result of this call is left out: it could not be processed."
 NOT_COMPLETED = (
     "This call was not completed: the turn ended before its result came. Whether it took effect is not known."
 )
 
-_HEARD = (UserMessage, MemoryMessage, SummaryMessage, RepairMessage)
+_HEARD = (UserMessage, MemoryMessage, SummaryMessage, RepairMessage, InterruptMessage)
 """What stands on the user's side of a conversation."""
 
 _NOT_KEPT = {"__all__": {"usage", "timestamp"}}
@@ -180,6 +183,8 @@ def _parts(messages: Iterable[Message]) -> Iterator[UserPromptPart | ToolReturnP
             yield UserPromptPart(message.text)
         elif isinstance(message, SummaryMessage):
             yield UserPromptPart(f"{SUMMARY}\n{message.text}")
+        elif isinstance(message, InterruptMessage):
+            yield UserPromptPart((CANCELLED if message.cancelled else INTERRUPTED).format(why=message.text))
         elif isinstance(message, MemoryMessage):
             yield UserPromptPart("\n".join([REMINDER, *map(_noted, message.facts)]))
         elif isinstance(message, ToolMessage):

@@ -90,8 +90,17 @@ class RepairMessage(_Record):
     text: str
 
 
+class InterruptMessage(_Record):
+    """Why the step was given up before the model had answered, as the model is shown it."""
+
+    role: Literal["interrupt"] = "interrupt"
+    text: str
+    cancelled: bool = False
+    """Whether the turn ended with it."""
+
+
 Message = Annotated[
-    UserMessage | AssistantMessage | ToolMessage | MemoryMessage | SummaryMessage | RepairMessage,
+    UserMessage | AssistantMessage | ToolMessage | MemoryMessage | SummaryMessage | RepairMessage | InterruptMessage,
     Field(discriminator="role"),
 ]
 
@@ -105,7 +114,7 @@ class Entry(_Record):
     step: int
     parent: str | None
     messages: list[Message]
-    """What was new in this step, the model's answer last; no answer when `error` says why there is none."""
+    """What was new in this step, the model's answer last; no answer when `error`, or an interruption, says why."""
     answers: list[EventReference] = Field(default_factory=list)
     """The events that were new in this step: why it was taken."""
     spec_digest: str = ""
@@ -136,6 +145,12 @@ class Entry(_Record):
         """What this step has put in the place of what was before, if that is what it did or tried to do."""
         last = self.messages[-1] if self.messages else None
         return last if isinstance(last, SummaryMessage) else None
+
+    @property
+    def interruption(self) -> InterruptMessage | None:
+        """Why this step was given up, if it was."""
+        last = self.messages[-1] if self.messages else None
+        return last if isinstance(last, InterruptMessage) else None
 
 
 def canonical(model: BaseModel) -> bytes:

@@ -10,11 +10,9 @@ and whoever tries again (DESIGN.md, P6).
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import UTC, datetime
 from typing import Any
 
 from temporalio import activity
@@ -23,14 +21,14 @@ from typing_extensions import override
 
 from activities import metrics
 from activities.compaction import Conversations, summary_of
-from activities.conversation import storable
 from activities.endpoints import Answer, FinalError, Listener, Pools
-from activities.entries import Entry, MemoryMessage, Message, RepairMessage, ToolMessage, UserMessage
-from activities.forms import Form, Reading
+from activities.entries import Entry, MemoryMessage, Message
+from activities.forms import Form
 from activities.heartbeat import beating
 from activities.ledger import Ledger
 from activities.memory import Embedder, Memory
 from activities.spend import Spending
+from activities.steps import decision, entry_of, new_messages, references
 from activities.stream import Put, Telling
 from workflows import names
 from workflows.budget import Cost, Limit, Refusal
@@ -146,7 +144,7 @@ class Model(ModelActivities):
             turn=request.turn,
             step=request.step,
             attempt=activity.info().attempt,
-            answers=_references(request),
+            answers=references(request),
         )
 
     async def _step(self, request: ThinkRequest, told: Telling | None) -> tuple[Entry, Cost]:
@@ -172,7 +170,7 @@ class Model(ModelActivities):
             error = str(refused)
         if request.events:
             await self._notice_repeated(request)
-        made = _entry(request, [*messages, answer.message] if answer else messages, answer, error, _references(request))
+        made = _entry(request, [*messages, answer.message] if answer else messages, answer, error, references(request))
         if request.repair:
             metrics.reply_repair(_repaired(decision(made[0], form)))
         return made
@@ -318,26 +316,16 @@ def _entry(
     answers: Sequence[EventReference] = (),
 ) -> tuple[Entry, Cost]:
     """What came of a step, as it is recorded, and what it has cost."""
-    entry = Entry(
-        workflow_id=request.workflow_id,
-        turn=request.turn,
-        step=request.step,
-        parent=request.head,
-        messages=messages,
-        answers=list(answers),
-        spec_digest=request.spec_digest,
+    entry = entry_of(
+        request,
+        messages,
+        answers=answers,
         model=answer.model if answer else "",
         rehearsal=bool(answer and answer.rehearsal),
         usage=answer.usage if answer else Usage(),
         error=error,
-        recorded_at=datetime.now(UTC).isoformat(),
     )
     return entry, _cost(request.workflow_id, answer)
-
-
-def _references(request: ThinkRequest) -> list[EventReference]:
-    """The events that are new in a step."""
-    return [EventReference(source=event.source, id=event.id, type=event.type) for event in request.events]
 
 
 def _other_life(request: ThinkRequest | CompactRequest) -> Exception:
@@ -346,43 +334,6 @@ def _other_life(request: ThinkRequest | CompactRequest) -> Exception:
         f"Turn {request.turn}, step {request.step} of {request.workflow_id} is recorded with other events: its "
         "workflow was terminated or reset meanwhile. Send these events again.",
     )
-
-
-def new_messages(request: ThinkRequest, reminder: list[Message] | None = None) -> list[Message]:
-    """What is new in a step, as the model is shown it.
-
-    The results it waited for, or what was wrong with its answer; the reminder; then the events.
-    """
-    results = (
-        ToolMessage(
-            call_id=storable(result.call_id),
-            name=storable(result.name),
-            content=storable(result.content),
-            outcome=result.outcome,
-        )
-        for result in request.results
-    )
-    repair = [RepairMessage(text=storable(request.repair))] if request.repair else []
-    return [
-        *results,
-        *repair,
-        *(reminder or []),
-        *(UserMessage(text=storable(render(event))) for event in request.events),
-    ]
-
-
-def render(event: Event) -> str:
-    """An event as the model is shown it. A person's question stands for itself."""
-    if event.type == names.ASK_TYPE and isinstance(event.data, dict) and isinstance(event.data.get("text"), str):
-        return str(event.data["text"])
-    data = json.dumps(event.data, ensure_ascii=False, separators=(",", ":"))
-    facts = [f"id {event.id}"]
-    if event.subject:
-        facts.append(f"subject {event.subject}")
-    facts.append(f"from {event.source}")
-    if event.time:
-        facts.append(f"at {event.time.isoformat()}")
-    return f"Event {event.type} ({', '.join(facts)})\n{data}"
 
 
 def _query(events: Iterable[Event]) -> str:
@@ -396,26 +347,6 @@ def _query(events: Iterable[Event]) -> str:
         elif value is not None:
             found.append(str(value))
     return "\n".join(found)
-
-
-def decision(entry: Entry, form: Form | None = None, cost: Cost = Cost()) -> Decision:  # noqa: B008  # it is frozen
-    """What was decided in a recorded step, by an agent whose answers have to fit this form, and what it has cost."""
-    answer = entry.answer
-    final = answer is not None and not answer.tool_calls
-    reading = form.read(answer.text) if form and answer and final else Reading()
-    return Decision(
-        head=entry.id,
-        text=answer.text if answer else "",
-        tool_calls=answer.tool_calls if answer else [],
-        usage=entry.usage,
-        model=entry.model,
-        rehearsal=entry.rehearsal,
-        error=entry.error,
-        data=reading.data,
-        faults=reading.faults,
-        empty=form is None and answer is not None and final and not answer.text.strip(),
-        cost=cost,
-    )
 
 
 def _repaired(decided: Decision) -> str:

@@ -25,7 +25,7 @@ from workflows.events import Outgoing
 from workflows.interface import PublishActivities
 from workflows.messages import PublishRequest, Settlement, TurnSummary
 
-_TURNS = (names.TURN_COMPLETED_TYPE, names.TURN_FAILED_TYPE)
+_TURNS = (names.TURN_COMPLETED_TYPE, names.TURN_FAILED_TYPE, names.TURN_CANCELLED_TYPE)
 
 
 class Publish(PublishActivities):

@@ -38,6 +38,7 @@ from workflows.interface import (
 from workflows.messages import (
     Alarm,
     Approval,
+    CloseRequest,
     CompactRequest,
     Decision,
     Mail,
@@ -108,6 +109,9 @@ class World(
     kept_results: list[ResultToKeep] = field(default_factory=list)
     approvals: list[Approval] = field(default_factory=list)
     recalled: list[ReplyRequest] = field(default_factory=list)
+    closings: list[CloseRequest] = field(default_factory=list)
+    recorded: Decision | None = None
+    """What a step that is closed has recorded already."""
     rewinds: list[RewindRecord] = field(default_factory=list)
     lifts: list[LiftRecord] = field(default_factory=list)
     rewind_with: Callable[[RewindRecord], Awaitable[None]] | None = None
@@ -155,6 +159,14 @@ class World(
     @activity.defn(name="record_approval")
     async def record_approval(self, approval: Approval) -> None:
         self.approvals.append(approval)
+
+    @override
+    @activity.defn(name="close_step")
+    async def close_step(self, request: CloseRequest) -> Decision:
+        self.closings.append(request)
+        if self.recorded is not None:
+            return self.recorded
+        return answer("", request.step).model_copy(update={"given_up": True, "usage": Usage(), "model": ""})
 
     @override
     @activity.defn(name="wake")
@@ -260,6 +272,7 @@ class World(
                         self.record_rewind,
                         self.record_lift,
                         self.record_approval,
+                        self.close_step,
                         self.keep_result,
                         self.load_spec,
                         self.publish,

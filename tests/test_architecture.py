@@ -90,7 +90,7 @@ async def test_the_workers_serve_all_activities_and_no_others(temporal_server: T
 
 def test_the_names_of_activities_never_change() -> None:
     """They stand in every history."""
-    ledger = {"wake", "keep_snapshot", "find_reply", "record_rewind", "record_approval", "record_lift"}
+    ledger = {"wake", "keep_snapshot", "find_reply", "record_rewind", "record_approval", "record_lift", "close_step"}
     clock = {"set_alarm", "deliver"}
     assert interface_names() == {"think", "compact", "run_tool", "keep_result", "load_spec", "publish", *ledger, *clock}
 
@@ -113,7 +113,7 @@ def test_only_the_agent_and_its_parts_speak_temporal_s_workflow_api() -> None:
         if any(name.startswith("temporalio.workflow") for name in imported(tree))
     ]
     assert set(users) == {
-        f"workflows/{part}.py" for part in ("acting", "agent", "alarm", "life", "over_budget", "turn")
+        f"workflows/{part}.py" for part in ("acting", "agent", "alarm", "attending", "life", "over_budget", "turn")
     }
 
 
@@ -138,7 +138,10 @@ def test_only_settings_touch_the_environment() -> None:
         ("sqlalchemy", {"activities/ledger.py", "activities/memory.py", "activities/spend.py"}),
         ("genai_prices", {"activities/prices.py"}),
         ("pydantic_settings", {"workers/settings.py"}),
-        ("typer", {"workers/arguments.py", "workers/cli.py", "workers/cli_budget.py", "workers/cli_calls.py"}),
+        (
+            "typer",
+            {f"workers/{part}.py" for part in ("arguments", "cli", "cli_budget", "cli_calls", "cli_steering")},
+        ),
     ],
 )
 def test_a_library_is_known_where_it_belongs(library: str, homes: set[str]) -> None:

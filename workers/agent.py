@@ -74,6 +74,7 @@ def agent_worker(  # noqa: PLR0913, PLR0917  # what it is wired from
             Budgets(Spending(ledger)).record_lift,
             Specs(specs, ledger, servers).load_spec,
             state.record_approval,
+            state.close_step,
             tools.run_tool,
             tools.keep_result,
             publisher.publish,

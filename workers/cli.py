@@ -37,6 +37,7 @@ from workers.arguments import resolved as _resolved
 from workers.arguments import user as _user
 from workers.cli_budget import budget
 from workers.cli_calls import approvals, tool
+from workers.cli_steering import steering
 from workers.exits import BAD_INPUT, FAILED, OK, CommandError
 from workers.settings import Settings, SettingsError
 from workflows.spec import Scope
@@ -103,9 +104,13 @@ memory = typer.Typer(
     cls=ListUnlessNamed, no_args_is_help=True, help="Look through what agents remember: `perennial memory AGENT`."
 )
 pins = typer.Typer(
-    cls=ListUnlessNamed, no_args_is_help=True, help="Entries that an agent is always shown: `perennial pins AGENT`."
+    cls=ListUnlessNamed,
+    no_args_is_help=True,
+    short_help="Entries that an agent is always shown.",
+    help="Entries that an agent is always shown: `perennial pins AGENT`.",
 )
 app.add_typer(worker, name="worker")
+app.add_typer(steering)  # without a name: its commands are the application's
 app.add_typer(pins, name="pins")
 app.add_typer(memory, name="memory")
 app.add_typer(budget, name="budget")
@@ -289,11 +294,12 @@ async def _send(settings: Settings, topic: str, lines: Sequence[Any], *, raw: bo
 
 
 @app.command(
+    short_help="Watch replies and lifecycle events as they come.",
     epilog=_examples(
         "perennial tail",
         "perennial tail --agent logistics/order-1042",
         "perennial tail --from-beginning --count 100 --json",
-    )
+    ),
 )
 def tail(
     *,
@@ -403,7 +409,7 @@ async def _ask(  # noqa: PLR0913, PLR0917  # the command's own parameters
         if not told or told != reply.text:
             output.say(views.reply(reply))
         output.note(views.reply_cost(reply))
-    if reply.outcome is TurnOutcome.FAILED:
+    if reply.outcome is not TurnOutcome.COMPLETED:
         raise CommandError(f"{operations.shown(address)} has no answer: {reply.error}")
 
 
@@ -513,38 +519,6 @@ async def _show(settings: Settings, agent: str, limit: int, output: Output) -> N
         return
     for line in views.report(told):
         output.say(line)
-
-
-@app.command(epilog=_examples("perennial pause logistics/order-1042 --reason 'carrier is down'"))
-def pause(agent: Agent, *, reason: Reason = "", as_json: Json = False) -> None:
-    """Let an agent begin no further turn, until `perennial resume`. Its mail waits."""
-    asyncio.run(_steer(Settings.load(), agent, "pause", reason, _output(as_json=as_json)))
-
-
-@app.command(epilog=_examples("perennial resume logistics/order-1042"))
-def resume(agent: Agent, *, reason: Reason = "", as_json: Json = False) -> None:
-    """Let a paused agent go on with the mail that waited."""
-    asyncio.run(_steer(Settings.load(), agent, "resume", reason, _output(as_json=as_json)))
-
-
-@app.command(epilog=_examples("perennial stop logistics/order-1042 --reason 'order closed'"))
-def stop(agent: Agent, *, reason: Reason = "", as_json: Json = False) -> None:
-    """Let an agent finish its turn and go to sleep. Its next event or question wakes it, unchanged."""
-    asyncio.run(_steer(Settings.load(), agent, "stop", reason, _output(as_json=as_json)))
-
-
-async def _steer(settings: Settings, agent: str, update: str, reason: str, output: Output) -> None:
-    from workers import operations, views
-    from workflows.messages import Intervention
-
-    address = _resolved(settings, agent)
-    client = await operations.connect(settings)
-    intervention = Intervention(by=_user(), reason=reason)
-    status = await operations.steer(client, settings, address, update, intervention)
-    if output.as_json:
-        output.data(status)
-    else:
-        output.say(views.steered(operations.shown(address), update, status))
 
 
 # An agent's past --------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from workers.exits import BAD_INPUT, CommandError
 from workers.settings import Settings
 from workflows import names
 from workflows.events import Event
-from workflows.messages import AskRequest, Intervention, Reply, Status, Waits
+from workflows.messages import AskRequest, Intervention, Reply, Status, SteerRequest, Waits
 from workflows.names import Address
 from workflows.spec import AgentSpec, ResolvedSpec
 from workflows.state import AgentInput
@@ -523,13 +523,13 @@ def quoted(value: str) -> str:
 async def steer(
     client: Client, settings: Settings, address: Address, update: str, intervention: Intervention
 ) -> Status:
-    """Pause, resume or stop an agent.
+    """Pause, resume or stop an agent, or cancel its turn.
 
     Args:
         client: Temporal's.
         settings: for messages.
         address: which agent.
-        update: `names.PAUSE`, `names.RESUME` or `names.STOP`.
+        update: `names.PAUSE`, `names.RESUME`, `names.STOP` or `names.CANCEL_TURN`.
         intervention: by whom and why.
 
     Raises:
@@ -537,7 +537,8 @@ async def steer(
     """
     who = shown(address)
     handle = client.get_workflow_handle(names.workflow_id(address))
-    async with plainly(settings, f"{who} can't be told to {update}"):
+    what = update.replace("_", " ")
+    async with plainly(settings, f"{who} can't be told to {what}"):
         try:
             async with asyncio.timeout(_STEER_SECONDS):
                 status: Status = await handle.execute_update(update, intervention, result_type=Status)
@@ -550,7 +551,24 @@ async def steer(
                 raise
             run = await find(client, settings, address)
             state = f"is {state_of(run)}" if run else "has never been awake"
-            raise CommandError(f"{who} {state}; only an agent that is awake can be told to {update}.") from error
+            raise CommandError(f"{who} {state}; only an agent that is awake can be told to {what}.") from error
+
+
+async def say(client: Client, settings: Settings, address: Address, request: SteerRequest) -> Status:
+    """Say something to an agent at work, waking it if need be.
+
+    Raises:
+        CommandError: the agent refuses, or no worker answers.
+    """
+    who = shown(address)
+    named = request if request.id else request.model_copy(update={"id": str(uuid4())})  # it may be sent again
+    async with plainly(settings, f"{who} can't be told anything"):
+        try:
+            async with asyncio.timeout(_STEER_SECONDS):
+                return await updated(client, settings, address, names.STEER, named, Status)
+        except (TimeoutError, WorkflowUpdateRPCTimeoutOrCancelledError) as error:
+            why = await absent_workers(client, settings) or "it may yet hear it"
+            raise CommandError(f"{who} has not answered within {_STEER_SECONDS:g} s: {why}.") from error
 
 
 async def find(client: Client, settings: Settings, address: Address) -> WorkflowExecutionDescription | None:

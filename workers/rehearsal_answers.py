@@ -26,7 +26,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from activities.conversation import SUM_UP, SUMMARY
+from activities.conversation import CANCELLED, INTERRUPTED, SUM_UP, SUMMARY
 from workers.rehearsal_forms import in_form, schema_asked_for
 from workers.rehearsal_protocol import Answer, Call, ChatMessage, ChatRequest, Function
 from workers.rehearsal_rules import Before, Result, ResultOf, Rules, Told, read_event, read_result, reported
@@ -44,6 +44,8 @@ _REPEATED = re.compile(r"\s*(?:x(\d+))?\s*\]\]")
 _LATENCY = re.compile(r"(\d+(?:\.\d+)?)(?:\s*-\s*(\d+(?:\.\d+)?))?")
 _REMEMBER = re.compile(r"\b(remember|earlier|before)\b", re.IGNORECASE)
 _SUM_UP = SUM_UP.partition("{")[0]
+_INTERRUPTED = INTERRUPTED.partition("{")[0]
+_CANCELLED = CANCELLED.partition("{")[0]
 _LONGEST_SECONDS = 3600.0
 
 
@@ -155,6 +157,8 @@ def decide(request: ChatRequest, rules: Rules) -> Decision:
     said: list[str] = []
     as_directed = False
     for content in turn.told:
+        if content.startswith(_INTERRUPTED):  # what it waited for, it waits for no more
+            latencies, failures = [], []
         told = read_event(content)
         if told is None:
             continue
@@ -224,7 +228,8 @@ def _turn(messages: Sequence[ChatMessage]) -> _Turn:
         for number, message in enumerate(messages)
         if message.role == "assistant" and not message.tool_calls and not _is_sent_back(messages, number)
     ]
-    begin = final[-1] + 1 if final else 0
+    final += [number for number, message in enumerate(messages) if message.content.startswith(_CANCELLED)]
+    begin = max(final) + 1 if final else 0
     called = Counter(call.function.name for message in messages[:begin] for call in message.tool_calls)
     past = ((content, read_event(content)) for content in _users(messages[:begin]))
     before = Before([told.text or content for content, told in past if told], called)

@@ -39,7 +39,7 @@ from typing import Any, Self, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from activities.conversation import EARLIER, LEFT_OUT, REMINDER, SUMMARY
+from activities.conversation import CANCELLED, EARLIER, INTERRUPTED, LEFT_OUT, REMINDER, SUMMARY
 from workers.rehearsal_protocol import Answer, Call
 from workflows import names, repair
 
@@ -47,6 +47,8 @@ Conditions = dict[str, JsonValue]
 Fields = Mapping[str, JsonValue]
 
 _EVENT_FIELDS = ("type", "id", "subject", "source", "data", "text", "match", "lang", "before")
+_NOTES = (REMINDER, SUMMARY, repair.WRONG, *(note.partition("{")[0] for note in (INTERRUPTED, CANCELLED)))
+"""How what is told begins that is no event."""
 _RENDERED = re.compile(r"Event (\S+) \(id (.*?)(?:, subject (.*?))?, from (.*?)(?:, at (\S+))?\)\n(.*)", re.DOTALL)
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*(?:\.[\w-]+)*)(:cents)?\}")
 _COMPARISON = re.compile(r"([<>]=?)\s*(-?\d+(?:\.\d+)?)")
@@ -97,8 +99,8 @@ class Told:
 
 
 def read_event(content: str) -> Told | None:
-    """A user's message, as `activities/model.py` renders events, or as a person wrote it; None if it tells nothing."""
-    if content in {EARLIER, LEFT_OUT} or content.startswith((REMINDER, SUMMARY, repair.WRONG)):
+    """A user's message, as `activities/steps.py` renders events, or as a person wrote it; None if it tells nothing."""
+    if content in {EARLIER, LEFT_OUT} or content.startswith(_NOTES):
         return None
     rendered = _RENDERED.fullmatch(content)
     if rendered:

@@ -16,6 +16,7 @@ from rich.text import Text
 from activities.entries import (
     AssistantMessage,
     Entry,
+    InterruptMessage,
     MemoryMessage,
     Message,
     RepairMessage,
@@ -29,6 +30,7 @@ from workflows.budget import Cost, Lifted, LiftRequest, Measure, Per, Refusal, a
 from workflows.events import Event, EventReference
 from workflows.messages import (
     Approval,
+    Interrupted,
     Intervention,
     Missed,
     OpenCall,
@@ -76,6 +78,9 @@ _KINDS = {
     names.REPLY_TYPE: ("reply", "green"),
     names.TURN_COMPLETED_TYPE: ("completed", "dim"),
     names.TURN_FAILED_TYPE: ("failed", "red"),
+    names.TURN_CANCELLED_TYPE: ("cancelled", "yellow"),
+    names.TURN_INTERRUPTED_TYPE: ("cut short", "yellow"),
+    names.REJECTED_TYPE: ("rejected", "yellow"),
     names.DUPLICATE_TYPE: ("duplicate", "yellow"),
     names.AGENT_PAUSED_TYPE: ("paused", "magenta"),
     names.AGENT_RESUMED_TYPE: ("resumed", "magenta"),
@@ -179,19 +184,20 @@ def _what(happened: Event) -> str:
     """What happened, in words."""
     if happened.type == names.REPLY_TYPE:
         answer = Reply.model_validate(happened.data)
-        if answer.outcome is TurnOutcome.FAILED:
+        if answer.outcome is not TurnOutcome.COMPLETED:
             return f"no answer: {answer.error or answer.text}"
         return marked(answer.text, rehearsal=answer.rehearsal)
-    if happened.type in {names.TURN_COMPLETED_TYPE, names.TURN_FAILED_TYPE}:
+    if happened.type in {names.TURN_COMPLETED_TYPE, names.TURN_FAILED_TYPE, names.TURN_CANCELLED_TYPE}:
         summary = TurnSummary.model_validate(happened.data)
         took = (
             f"turn {summary.turn} in {summary.seconds:.1f} s: {count(summary.events, 'event')}, "
             f"{count(summary.steps, 'step')}, {count(summary.tool_calls, 'tool call')}, {usage(summary.usage)}"
         )
         return f"{took}: {summary.error}" if summary.error else took
-    if happened.type == names.DUPLICATE_TYPE:
+    if happened.type in {names.DUPLICATE_TYPE, names.REJECTED_TYPE}:
         reference = EventReference.model_validate(happened.data)
-        return f"dropped {reference.type} {reference.id} of {reference.source}"
+        why = ", which came during a turn" if happened.type == names.REJECTED_TYPE else ""
+        return f"dropped {reference.type} {reference.id} of {reference.source}{why}"
     if happened.type == names.BUDGET_EXCEEDED_TYPE:
         return f"waits: {Refusal.model_validate(happened.data)}"
     return _steering(happened) or _about_calls(happened) or str(happened.data)
@@ -202,6 +208,10 @@ def _steering(happened: Event) -> str | None:
     if happened.type in {names.AGENT_REWOUND_TYPE, names.AGENT_FORKED_TYPE}:
         went = Rewound.model_validate(happened.data)
         return f"{_went(went)}, {_by(went.by, went.reason)}"
+    if happened.type == names.TURN_INTERRUPTED_TYPE:
+        given_up = Interrupted.model_validate(happened.data)
+        came = ", ".join(f"{one.type} {one.id}" for one in given_up.events)
+        return f"turn {given_up.turn}, step {given_up.step}, by {came}"
     if happened.type == names.BUDGET_LIFTED_TYPE:
         made = Lifted.model_validate(happened.data)
         return f"{allowed(made)}, {_by(made.by, made.reason)}"
@@ -259,12 +269,19 @@ def entry(recorded: Entry) -> Iterator[Text]:
         yield _indented("error", recorded.error, "red")
 
 
+def _halt(message: RepairMessage | InterruptMessage) -> str:
+    """Why the turn did not go straight on, in a word or two."""
+    if isinstance(message, RepairMessage):
+        return "sent back"
+    return "cancelled" if message.cancelled else "interrupted"
+
+
 def _message(message: Message, *, rehearsal: bool) -> Iterator[Text]:
     match message:
         case UserMessage():
             yield _indented("event", message.text, "cyan")
-        case RepairMessage():
-            yield _indented("sent back", message.text, "yellow")
+        case RepairMessage() | InterruptMessage():
+            yield _indented(_halt(message), message.text, "yellow")
         case MemoryMessage():
             for fact in message.facts:
                 yield _indented("recalls", f"{fact.text} ({fact.scope}, {fact.id})", "magenta")
@@ -370,12 +387,14 @@ def _facts(told: AgentReport) -> Iterator[tuple[str, str]]:
 
 
 def steered(who: str, update: str, status: Status) -> Text:
-    """What pause, resume or stop came to."""
+    """What a person's hand on an agent came to."""
     waiting = count(status.waiting, "event")
     what = {
         names.PAUSE: f"is paused; {waiting} waiting, until `perennial resume`",
         names.RESUME: f"goes on: {status.doing}",
         names.STOP: "goes to sleep; its next event or question wakes it",
+        names.STEER: f"has heard it: {status.doing}",
+        names.CANCEL_TURN: f"gives up: {status.doing}",
     }[update]
     return Text.assemble((visible(who), "bold"), f" {visible(what)}")
 

@@ -181,14 +181,13 @@ class Acting:
         if waiting is None:
             waiting = acting.wait(key, acting.calls[number], Waits.APPROVAL, workflow.now(), policy.expires)
             self._tell(names.APPROVAL_REQUESTED_TYPE, waiting)
-        if not await self._settled(waiting, policy.reminds):
-            assert policy.expires is not None, "it has expired"
+        if not await self._settled(turn, waiting, policy.reminds):
             settlement = Settlement(
                 call=key,
                 waits_for=Waits.APPROVAL,
-                approved=policy.on_expiry == "allow",
+                approved=turn.cancelled is None and policy.on_expiry == "allow",
                 by="perennial",
-                why=f"nobody has decided within {policy.expires}",
+                why=turn.why_cancelled or f"nobody has decided within {policy.expires}",
                 at=workflow.now(),
             )
             self._life.note_settled(waiting, settlement)
@@ -234,8 +233,9 @@ class Acting:
                 if begun.outcome is not ToolOutcome.OK:
                     return begun
                 self._tell(names.TOOL_WAITING_TYPE, waiting)
-        if not await self._settled(waiting, None):
-            return self._unknown(turn, acting.step, number, call, f"No answer came within {tool.answer_within}")
+        if not await self._settled(turn, waiting, None):
+            reason = turn.why_cancelled or f"No answer came within {tool.answer_within}"
+            return self._unknown(turn, acting.step, number, call, reason)
         self._working += 1
         try:
             content = await workflow.execute_activity_method(
@@ -252,9 +252,11 @@ class Acting:
             self._working -= 1
         return _result(call, ToolOutcome.ERROR if waiting.failed else ToolOutcome.OK, content)
 
-    async def _settled(self, waiting: Waiting, reminds: timedelta | None) -> bool:
-        """Wait until a call is settled, reminding its people; False if it expires first."""
+    async def _settled(self, turn: CurrentTurn, waiting: Waiting, reminds: timedelta | None) -> bool:
+        """Wait until a call is settled, reminding its people; False if it expires first, or its turn is cancelled."""
         while waiting.settlement is None:
+            if turn.cancelled is not None:
+                return False
             wakes = waiting.wakes(reminds)
             if wakes is not None and wakes <= workflow.now():
                 if waiting.expires and waiting.expires <= workflow.now():
@@ -265,7 +267,7 @@ class Acting:
                 continue
             with contextlib.suppress(TimeoutError):
                 await workflow.wait_condition(
-                    lambda: waiting.settlement is not None,
+                    lambda: waiting.settlement is not None or turn.cancelled is not None,
                     timeout=wakes - workflow.now() if wakes else None,
                     timeout_summary=f"{waiting.tool}: remind, or expire",
                 )
@@ -284,9 +286,10 @@ class Acting:
         self, spec: ControlSpec, turn: CurrentTurn, step: int, number: int, call: ToolCall, room: int
     ) -> ToolResult:
         tool = spec.tools.get(call.name)
-        if tool is None:
-            offered = ", ".join(spec.tools) or "none"
-            return _result(call, ToolOutcome.ERROR, f"There is no tool {call.name!r}. Tools you may call: {offered}.")
+        if turn.cancelled is not None or tool is None:
+            offered = f"There is no tool {call.name!r}. Tools you may call: {', '.join(spec.tools) or 'none'}."
+            why = f"Not made. {turn.why_cancelled}." if turn.cancelled else offered
+            return _result(call, ToolOutcome.ERROR, why)
         if tool.built_in:
             return self._wake_ups(spec, f"{turn.number}-{step}-{number}", call)
         try:

@@ -38,6 +38,7 @@ with workflow.unsafe.imports_passed_through():
         Rewound,
         Settlement,
         Status,
+        SteerRequest,
     )
     from workflows.state import AgentInput, AgentState, Snapshot
     from workflows.turn import Turns
@@ -46,6 +47,7 @@ with workflow.unsafe.imports_passed_through():
 _TENANT_ATTRIBUTE = SearchAttributeKey.for_keyword(names.TENANT_ATTRIBUTE)
 _AGENT_ATTRIBUTE = SearchAttributeKey.for_keyword(names.AGENT_ATTRIBUTE)
 _QUESTION_CHARACTERS = 100_000
+_IDLE_NO_MORE = "mail-that-comes-while-closing-is-taken"
 
 
 @workflow.defn(name=names.WORKFLOW_TYPE)
@@ -93,8 +95,15 @@ class AgentWorkflow:
         self._life.inbox.append(event)
         try:
             await workflow.wait_condition(
-                lambda: digest in self._life.replies or self._was_answered(digest) or self._will_not_be_answered(digest)
+                lambda: (
+                    digest in self._life.replies
+                    or self._was_answered(digest)
+                    or self._will_not_be_answered(digest)
+                    or digest in self._life.rejected
+                )
             )
+            if digest in self._life.rejected:
+                raise ApplicationError("The agent takes no questions during a turn; ask again later.", type=names.BUSY)
             if digest in self._life.replies:
                 return self._life.replies[digest]
             found = await self._reply_of(self._state.mailbox.turn_of(digest))
@@ -105,6 +114,7 @@ class AgentWorkflow:
             self._life.asking[digest] -= 1
             if not self._life.asking[digest]:
                 del self._life.asking[digest]
+                self._life.rejected.discard(digest)
                 self._life.replies.pop(digest, None)
 
     async def _reply_of(self, turn: int | None) -> Reply | None:
@@ -126,15 +136,11 @@ class AgentWorkflow:
     def _will_not_be_answered(self, digest: str) -> bool:
         """Whether the agent closes before it answers this event; a turn that can go on is finished first."""
         left = self._state.is_over_budget or not self._state.mailbox.turn_of(digest)
-        return self._state.stopping is not None and left
+        return self._state.stopping is not None and left and not self._is_draining
 
     @ask.validator
     def _may_ask(self, request: AskRequest) -> None:
-        if len(request.text) > _QUESTION_CHARACTERS:
-            raise ApplicationError(
-                f"The question has {len(request.text)} characters; at most {_QUESTION_CHARACTERS} are taken.",
-                type="TooLarge",
-            )
+        _refuse_if_long(request.text)
         self._refuse_if_paused()
         if self._life.asking and workflow.info().is_continue_as_new_suggested():
             # Questions that overlap without an end would keep this run open, and its history growing, for ever.
@@ -164,10 +170,48 @@ class AgentWorkflow:
 
     @workflow.update(name=names.STOP)
     async def stop(self, intervention: Intervention) -> Status:
-        """Finish the turn in progress, keep a snapshot and close. The next event, `ask` or wake-up wakes it again."""
+        """Finish the turn in progress, keep a snapshot and close. The next event, `ask` or wake-up wakes it again.
+
+        With `drain`, the mail that waits is answered first, unless the agent is paused or over its budget.
+        """
         await self._found()
         self._state.stopping = intervention
         self._life.announce(names.AGENT_STOPPED_TYPE, intervention)
+        return self.status()
+
+    @workflow.update(name=names.STEER)
+    async def steer(self, request: SteerRequest) -> Status:
+        """Say something to an agent at work: it joins the turn in progress, or begins one."""
+        await self._found()
+        self._life.inbox.append(
+            Event(
+                id=request.id or str(workflow.uuid4()),
+                source=request.by or "perennial/steer",
+                type=names.STEER_TYPE,
+                subject=self._life.address.key,
+                time=workflow.now(),
+                data={"text": request.text, "interrupt": request.interrupt},
+            )
+        )
+        return self.status()
+
+    @steer.validator
+    def _may_steer(self, request: SteerRequest) -> None:
+        _refuse_if_long(request.text)
+
+    @workflow.update(name=names.CANCEL_TURN)
+    async def cancel_turn(self, intervention: Intervention) -> Status:
+        """End the turn in progress without an answer. Its model call is cancelled; tool calls under way are finished.
+
+        What was done stays done, and is in the ledger; its events count as answered. Mail that waits is taken next.
+        """
+        await self._found()
+        turn = self._state.current
+        if turn is None:
+            raise ApplicationError("The agent is in no turn.", type=names.NO_TURN)
+        if turn.cancelled is None:
+            turn.cancelled = intervention
+            self._turns.budget.look_again()
         return self.status()
 
     @workflow.update(name=names.DECIDE)
@@ -342,12 +386,19 @@ class AgentWorkflow:
         return True
 
     def _may_work(self) -> bool:
-        held = self._state.paused or (self._state.stopping and self._state.fits)
+        held = self._state.paused or (self._state.stopping and not self._is_draining and self._state.fits)
         return self._state.current is not None or bool(self._state.mailbox.ready and not held)
 
     def _may_close(self) -> bool:
         in_hand = self._state.current is not None and not self._state.is_over_budget
-        return self._state.stopping is not None and not in_hand and self._state.fits
+        has_work = in_hand or (self._is_draining and self._state.mailbox.ready)
+        return self._state.stopping is not None and not has_work and self._state.fits
+
+    @property
+    def _is_draining(self) -> bool:
+        """Whether the agent answers its mail before it closes."""
+        stopping, over_budget = self._state.stopping, self._state.is_over_budget
+        return stopping is not None and stopping.drain and self._state.paused is None and not over_budget
 
     def _has_something_to_do(self) -> bool:
         return bool(self._life.inbox or self._state.outbox or self._may_close() or self._may_work())
@@ -357,6 +408,8 @@ class AgentWorkflow:
         self._life.woken = False
         await workflow.wait_condition(workflow.all_handlers_finished)
         self._life.sort_mail()
+        if (self._state.stopping is None or self._is_draining) and self._may_work() and workflow.patched(_IDLE_NO_MORE):
+            return False
         kept = self._state.rewound, self._state.paused
         await self._keep_snapshot()
         unchanged = kept == (self._state.rewound, self._state.paused)
@@ -382,6 +435,13 @@ class AgentWorkflow:
                 summary="an alarm for the next wake-up",
                 **interface.CLOCK,
             )
+
+
+def _refuse_if_long(text: str) -> None:
+    if len(text) > _QUESTION_CHARACTERS:
+        raise ApplicationError(
+            f"The text has {len(text)} characters; at most {_QUESTION_CHARACTERS} are taken.", type="TooLarge"
+        )
 
 
 def _address(workflow_id: str) -> tuple[names.Address, str | None]:

@@ -18,6 +18,7 @@ from workflows.budget import Lifted, LiftRecord
 from workflows.messages import (
     Alarm,
     Approval,
+    CloseRequest,
     CompactRequest,
     Decision,
     Mail,
@@ -151,6 +152,14 @@ class LedgerActivities(ABC):
     @abstractmethod
     async def record_approval(self, approval: Approval) -> None:
         """Record what was decided about a call. Idempotent on the call's id: the first decision counts."""
+
+    @activity.defn(name="close_step")
+    @abstractmethod
+    async def close_step(self, request: CloseRequest) -> Decision:
+        """Record that a step's model call was given up, with what was new in it; from then on nothing else can be.
+
+        If its answer was recorded before, that is what comes back. Idempotent on (workflow id, turn, step).
+        """
 
     @activity.defn(name="record_rewind")
     @abstractmethod

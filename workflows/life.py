@@ -20,7 +20,7 @@ with workflow.unsafe.imports_passed_through():
     from workflows.budget import Cost, usd
     from workflows.calls import Waiting, settle
     from workflows.errors import failure_message
-    from workflows.events import Event, Outgoing
+    from workflows.events import Event, EventReference, Outgoing
     from workflows.messages import (
         CompleteRequest,
         DecideRequest,
@@ -35,6 +35,7 @@ with workflow.unsafe.imports_passed_through():
     )
     from workflows.spec import ControlSpec
     from workflows.state import AgentInput, AgentState
+    from workflows.steering import Effect, effect
     from workflows.wake_ups import due
 
 STATE_ATTRIBUTE = SearchAttributeKey.for_keyword(names.STATE_ATTRIBUTE)
@@ -60,6 +61,8 @@ class Life:
         """How many `ask`s wait for the answer to an event, by its digest."""
         self.woken = False
         """An alarm has gone off since the agent began to close."""
+        self.rejected: set[str] = set()
+        """Of these questions, those that came at the wrong time."""
         self.rewinding = asyncio.Lock()
         """Held by a rewind: no turn begins meanwhile."""
 
@@ -70,6 +73,7 @@ class Life:
         seen = self.state.mailbox.seen
         fresh = [event for event in arrived if event.digest not in seen] if self.state.wake_ups else []
         duplicates = self.state.mailbox.accept(arrived, horizon=horizon)
+        self._reject([event for event in arrived if not any(event is one for one in duplicates)])
         for number, event in enumerate(duplicates, self.state.mailbox.duplicates - len(duplicates) + 1):
             if event.digest not in self.asking:
                 self.state.note(workflow.now(), f"duplicate dropped: {event.type} {event.id}")
@@ -84,6 +88,24 @@ class Life:
             self.state.mailbox.accept(mail, horizon=horizon)  # one that was set, and rang, before is no news
         for event in self.state.mailbox.pick(_ABOUT_CALLS, self.state.turn):
             self._heed(event)
+
+    def _reject(self, arrived: list[Event]) -> None:
+        """Do not take what the spec says is not to come during a turn."""
+        state = self.state
+        rules = state.spec.mailbox.during_turn if state.spec and state.current else ()
+        rejected = [
+            event
+            for event in arrived
+            if effect(rules, event) is Effect.REJECT and state.mailbox.turn_of(event.digest) == 0
+        ]
+        state.mailbox.reject(rejected, state.turn)
+        for event in rejected:
+            state.note(workflow.now(), f"rejected, since it came during turn {state.turn}: {event.type} {event.id}")
+            if event.digest in self.asking:
+                self.rejected.add(event.digest)
+                continue
+            reference = EventReference(source=event.source, id=event.id, type=event.type)
+            self.say(names.REJECTED_TYPE, f"rejected-{event.digest}", reference.model_dump(mode="json"))
 
     # Calls that wait -------------------------------------------------------------------------------------------------
 

@@ -4,13 +4,13 @@
 mailbox is part of the state that goes through continue-as-new and into the snapshot, so what it has seen it has seen
 for ever, up to its horizon.
 
-A hold in the mailbox (see `events.hold`) lets nothing behind it pass, save a person's question.
+A hold in the mailbox (see `events.hold`) lets nothing behind it pass, save a person's words.
 """
 
 from __future__ import annotations
 
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 from itertools import groupby
 from typing import Annotated, Any
 
@@ -21,6 +21,7 @@ from workflows.events import DIGEST_CHARACTERS, Event
 
 _TURN_BYTES = 512 * 1024
 _LIFTED = -1
+_FROM_PEOPLE = (names.ASK_TYPE, names.STEER_TYPE)
 _SEEN_BYTES = 19  # a digest and its turn, as they are written: at most, if turns come one after the other
 
 
@@ -71,6 +72,8 @@ class Mailbox(BaseModel):
     """Of the events that wait, as they travel in Temporal."""
     accepted: int = 0
     duplicates: int = 0
+    rejected: int = 0
+    """Events that came at the wrong time, by the spec's `during_turn`."""
     forgotten: int = 0
     """Events that would not be recognised any more: as many as were taken beyond the horizon."""
 
@@ -138,20 +141,53 @@ class Mailbox(BaseModel):
     def pick(self, types: Container[str], turn: int) -> list[Event]:
         """Take the waiting events of these types out of their order, also from behind a hold."""
         picked = [event for event in self.waiting if event.type in types]
-        if picked:
-            self.drop({event.digest for event in picked})
-            self.seen.update({event.digest: turn or _LIFTED for event in picked})
+        self._settle(picked, turn or _LIFTED)
         return picked
+
+    def join(self, turn: int, joins: Callable[[Event], bool], limit: int) -> list[Event]:
+        """Take the events that are `joining` for the turn in progress, out of their order."""
+        joining = self.joining(joins, limit)
+        self._settle(joining, turn)
+        return joining
+
+    def joining(self, joins: Callable[[Event], bool], limit: int) -> list[Event]:
+        """The waiting events that may join a turn in progress, oldest first.
+
+        At most `limit`, and no more bytes than travel well. Nothing behind a hold joins it but a person's words.
+        """
+        joining: list[Event] = []
+        total, is_held = 0, False
+        for event in self.waiting:
+            is_held = is_held or event.type == names.HOLD_TYPE
+            if not joins(event) or (is_held and event.type not in _FROM_PEOPLE):
+                continue
+            total += size(event)
+            if len(joining) >= limit or (joining and total > _TURN_BYTES):
+                break
+            joining.append(event)
+        return joining
+
+    def reject(self, events: Collection[Event], turn: int) -> None:
+        """Let these, which were accepted, not be taken."""
+        self._settle(events, turn)
+        self.accepted -= len(events)
+        self.rejected += len(events)
 
     def drop(self, digests: Container[str]) -> None:
         """Let these no longer wait."""
         self.waiting = [event for event in self.waiting if event.digest not in digests]
         self.waiting_bytes = sum(map(size, self.waiting))
 
+    def _settle(self, events: Collection[Event], turn: int) -> None:
+        """Let these no longer wait, wherever they stand."""
+        if events:
+            self.drop({event.digest for event in events})
+            self.seen.update({event.digest: turn for event in events})
+
     def _next(self, limit: int) -> tuple[int, int]:
         """From where to where the events of the next turn are waiting."""
         if self.held:
-            asked = next((place for place, event in enumerate(self.waiting) if event.type == names.ASK_TYPE), None)
+            asked = next((place for place, event in enumerate(self.waiting) if event.type in _FROM_PEOPLE), None)
             return (0, 0) if asked is None else (asked, asked + 1)
         count = total = 0
         for event in self.waiting[:limit]:

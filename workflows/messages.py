@@ -83,6 +83,16 @@ class ThinkRequest(_Message):
     """What may be spent, if that has changed since the turn began; None: what its spec says."""
 
 
+class CloseRequest(_Message):
+    """A step whose model call was given up is to be closed: what was new in it is kept, and nobody answers it later."""
+
+    step: ThinkRequest
+    """The call that was given up."""
+    why: str
+    cancelled: bool = False
+    """Whether the turn ends with it."""
+
+
 class CompactRequest(_Message):
     """What would no longer fit is to be summed up: a step of its own."""
 
@@ -120,6 +130,10 @@ class Decision(_Message):
     cost: Cost = Cost()
     refused: Refusal | None = None
     """Why no call was made, and nothing recorded: it might have broken a limit of the budget."""
+    given_up: bool = False
+    """Whether the step was closed without an answer."""
+    summed_up: bool = False
+    """Whether what the step has recorded is a summary of the conversation."""
 
 
 class ToolRequest(_Message):
@@ -246,6 +260,8 @@ class TurnOutcome(StrEnum):
 
     COMPLETED = "completed"
     FAILED = "failed"
+    CANCELLED = "cancelled"
+    """By a person; the reply's error says by whom."""
 
 
 class TurnSummary(_Message):
@@ -264,6 +280,14 @@ class TurnSummary(_Message):
     cost: Cost = Cost()
     not_repeated: int = 0
     """Tool calls that were not made, since they had been made again and again with the same result."""
+
+
+class Interrupted(_Message):
+    """The data of `perennial.turn.interrupted.v1`: a model call was given up for these events."""
+
+    turn: int
+    step: int
+    events: list[EventReference] = Field(default_factory=list)
 
 
 class PublishRequest(_Message):
@@ -338,10 +362,23 @@ class AskRequest(_Message):
 
 
 class Intervention(_Message):
-    """Who pauses, resumes or stops an agent, and why; recorded with the change."""
+    """Who pauses, resumes or stops an agent or cancels its turn, and why; recorded with the change."""
 
     by: str = ""
     reason: str = ""
+    drain: bool = False
+    """Of a stop: whether the mail that waits is answered first."""
+
+
+class SteerRequest(_Message):
+    """A person's word to an agent at work: the argument of the `steer` update."""
+
+    text: str = Field(min_length=1)
+    interrupt: bool = False
+    """Whether the model call in progress is cancelled, and made again with these words."""
+    by: str = ""
+    id: str = ""
+    """Names the words: said again with the same id, they have no further effect. Empty: new ones."""
 
 
 class RewindRequest(_Message):
@@ -461,6 +498,8 @@ class Status(_Message):
     """Events accepted and not yet taken into a turn."""
     accepted: int
     duplicates: int
+    rejected: int = 0
+    """Events that came during a turn and were not taken, by the spec's `during_turn`."""
     forgotten: int = 0
     """Events beyond the de-duplication horizon (`mailbox.remember_ids`): sent again, they would be taken again."""
     held_by: str | None = None

@@ -53,6 +53,7 @@ from pydantic import (
 
 from workflows.approval import ApprovalPolicy, Condition, Rule
 from workflows.budget import Limit
+from workflows.steering import TurnRule
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 """Lower-case letters, digits, dot, dash and underscore; 63 characters at most."""
@@ -246,6 +247,8 @@ class MailboxSpec(_Carried):
     """How many waiting events one turn takes, at most."""
     remember_ids: int = Field(2000, ge=10, le=20_000)
     """How many ids of events it has taken the agent remembers to recognise duplicates: the de-duplication horizon."""
+    during_turn: tuple[TurnRule, ...] = ()
+    """What new events do to a turn in progress; the first rule that fits decides, and without one they wait."""
 
 
 class ContextSpec(_Carried):
@@ -336,7 +339,12 @@ class _BudgetSection(BudgetSpec, _Strict):
         return self
 
 
+class _TurnRuleSection(TurnRule, _Strict):
+    pass
+
+
 class _MailboxSection(MailboxSpec, _Strict):
+    during_turn: tuple[_TurnRuleSection, ...] = ()
     remember_ids: int = Field(2000, ge=1000, le=20_000)
     """More than ingest delivers again after a crash (`workers.flow.Limits.window_records`), from two partitions."""
 

@@ -59,6 +59,10 @@ class CurrentTurn(BaseModel):
     """How often it was told so in this turn."""
     empty: int = 0
     """How often it was asked again in this turn, since it had answered with nothing."""
+    interruptions: int = 0
+    """How many of its steps were given up."""
+    cancelled: Intervention | None = None
+    """Who has cancelled it, and why; it is about to end."""
     acting: StepCalls | None = None
     """The tool calls of the step before, while some of them wait."""
     repeats: list[Repeat] = Field(default_factory=list)
@@ -73,8 +77,15 @@ class CurrentTurn(BaseModel):
     limits: tuple[Limit, ...] | None = None
     """Those of a newer spec, looked up while it waited; None: those of its own."""
 
+    @property
+    def why_cancelled(self) -> str:
+        """Why the turn ends without an answer, in words; empty: it was not cancelled."""
+        return f"The turn was cancelled{_by(self.cancelled)}" if self.cancelled else ""
+
     def activity(self) -> tuple[str, str]:
         """What the turn does, in a word or two and in a sentence."""
+        if self.cancelled is not None:
+            return "working", f"turn {self.number} is being cancelled{_by(self.cancelled)}"
         place = f"turn {self.number}, step {self.step}"
         if self.refused is not None:
             return names.OVER_BUDGET, f"over budget; {place} waits: {self.refused}"
@@ -138,6 +149,22 @@ class AgentState(BaseModel):
         turn.usage += decision.usage
         turn.cost += decision.cost
         turn.step += 1
+
+    def record_given_up(self, turn: CurrentTurn, decision: Decision) -> None:
+        """Note that a step was closed without an answer; what was new in it is in the ledger."""
+        self.head = decision.head
+        turn.events = []
+        turn.results = []
+        turn.repair = ""
+        turn.step += 1
+        turn.interruptions += 1
+
+    def join(self, now: datetime, turn: CurrentTurn, events: list[Event]) -> None:
+        """Take events into the turn in progress."""
+        turn.events += events
+        turn.answers += [EventReference(source=event.source, id=event.id, type=event.type) for event in events]
+        for event in events:
+            self.note(now, f"← {event.type} {event.id}, into turn {turn.number}")
 
     def record_tools(self, turn: CurrentTurn, results: list[ToolResult]) -> None:
         """Note the results of a step's tool calls, for the model to see in the next step."""
@@ -232,6 +259,7 @@ class AgentState(BaseModel):
             waiting=len(self.mailbox.waiting),
             accepted=self.mailbox.accepted,
             duplicates=self.mailbox.duplicates,
+            rejected=self.mailbox.rejected,
             forgotten=self.mailbox.forgotten,
             held_by=self.mailbox.held.id if self.mailbox.held else None,
             replies=self.replies,

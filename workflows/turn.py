@@ -12,6 +12,7 @@ from temporalio.exceptions import ActivityError, is_cancelled_exception
 with workflow.unsafe.imports_passed_through():
     from workflows import interface, names, repair, repeats
     from workflows.acting import Acting
+    from workflows.attending import Attending
     from workflows.errors import failure_message
     from workflows.life import Life, count
     from workflows.messages import (
@@ -27,6 +28,13 @@ with workflow.unsafe.imports_passed_through():
     from workflows.state import AgentState, CurrentTurn
 
 
+_TOLD_AS = {
+    TurnOutcome.COMPLETED: names.TURN_COMPLETED_TYPE,
+    TurnOutcome.FAILED: names.TURN_FAILED_TYPE,
+    TurnOutcome.CANCELLED: names.TURN_CANCELLED_TYPE,
+}
+
+
 class Turns:
     """The turns of one agent, one after another."""
 
@@ -34,6 +42,7 @@ class Turns:
         self._life = life
         self.budget = OverBudget(life)
         self._acting = Acting(life)
+        self._attending = Attending(life)
 
     @property
     def _state(self) -> AgentState:
@@ -71,31 +80,18 @@ class Turns:
                 self._state.record_tools(turn, await self._acting.act(spec, turn, turn.acting.calls))
                 self._life.continue_as_new_if_due()
                 continue
-            last = turn.step >= spec.budget.steps_per_turn or repeats.insists(turn.repeats)
-            decision = await workflow.execute_activity_method(
-                interface.ModelActivities.think,
-                ThinkRequest(
-                    workflow_id=self._life.id,
-                    turn=turn.number,
-                    step=turn.step,
-                    head=self._state.head,
-                    spec_digest=spec.digest,
-                    events=turn.events,
-                    results=turn.results,
-                    tools_allowed=not last,
-                    may_compact=spec.compact and not (last or compacted),
-                    repair=turn.repair,
-                    limits=turn.limits,
-                ),
-                task_queue=names.model_queue(workflow.info().task_queue),
-                summary=_think_summary(turn),
-                **interface.THINK,
-            )
-            compacted = decision.compact
-            if compacted:
-                decision = await self._compact(turn, spec)
+            self._attending.join(spec, turn)
+            last = turn.step - turn.interruptions >= spec.budget.steps_per_turn or repeats.insists(turn.repeats)
+            decision = await self._step(turn, spec, may_compact=spec.compact and not (last or compacted), last=last)
+            compacted = decision.summed_up
+            if decision.given_up:
+                self._state.record_given_up(turn, decision)
+                self.budget.go_on(turn)
+                if turn.cancelled is not None:
+                    return Decision(head=decision.head, error=turn.why_cancelled)
+                self._life.continue_as_new_if_due()
+                continue
             if decision.refused is not None:
-                compacted = False
                 await self.budget.wait(turn, decision.refused)
                 continue
             self.budget.go_on(turn)
@@ -111,10 +107,37 @@ class Turns:
             self._state.record_tools(turn, await self._acting.act(spec, turn, decision.tool_calls))
             self._life.continue_as_new_if_due()
 
-    async def _compact(self, turn: CurrentTurn, spec: ControlSpec) -> Decision:
+    async def _step(self, turn: CurrentTurn, spec: ControlSpec, *, may_compact: bool, last: bool) -> Decision:
+        """Have the next step decided. In a turn that is cancelled, it is closed instead."""
+        step = ThinkRequest(
+            workflow_id=self._life.id,
+            turn=turn.number,
+            step=turn.step,
+            head=self._state.head,
+            spec_digest=spec.digest,
+            events=turn.events,
+            results=turn.results,
+            tools_allowed=not last,
+            may_compact=may_compact,
+            repair=turn.repair,
+            limits=turn.limits,
+        )
+        if turn.cancelled is not None:
+            return await self._attending.close(spec, turn, step)
+        call = workflow.start_activity_method(
+            interface.ModelActivities.think,
+            step,
+            task_queue=names.model_queue(workflow.info().task_queue),
+            summary=_think_summary(turn),
+            **interface.THINK,
+        )
+        decision = await self._attending.answer(spec, turn, step, call)
+        return await self._compact(turn, spec, step) if decision.compact else decision
+
+    async def _compact(self, turn: CurrentTurn, spec: ControlSpec, step: ThinkRequest) -> Decision:
         """Have the conversation summed up. If the model would not, the turn goes on with what of it still fits."""
         assert self._state.head is not None, "where there is something to sum up, there is an entry"
-        return await workflow.execute_activity_method(
+        call = workflow.start_activity_method(
             interface.ModelActivities.compact,
             CompactRequest(
                 workflow_id=self._life.id,
@@ -128,6 +151,10 @@ class Turns:
             summary=f"turn {turn.number}, step {turn.step}: sum up the conversation",
             **interface.THINK,
         )
+        decision = await self._attending.answer(spec, turn, step, call)
+        if decision.given_up or decision.refused is not None:
+            return decision
+        return decision.model_copy(update={"summed_up": True})
 
     def _note_summary(self, turn: CurrentTurn, decision: Decision) -> None:
         self._state.record_call(turn, decision)
@@ -137,6 +164,8 @@ class Turns:
     def _end_turn(self, turn: CurrentTurn, decision: Decision) -> None:
         failed = decision.error is not None
         outcome = TurnOutcome.FAILED if failed else TurnOutcome.COMPLETED
+        if failed and turn.cancelled is not None:
+            outcome = TurnOutcome.CANCELLED
         reply = Reply(
             id=names.reply_id(self._life.id, turn.number, 0),
             workflow_id=self._life.id,
@@ -148,7 +177,7 @@ class Turns:
             answers=turn.answers,
             usage=turn.usage,
             cost=turn.cost,
-            steps=turn.step - 1,
+            steps=turn.step - 1 - turn.interruptions,
             tool_calls=turn.tool_calls,
             model=decision.model,
             rehearsal=decision.rehearsal,
@@ -173,8 +202,7 @@ class Turns:
             not_repeated=turn.not_repeated,
         )
         self._state.outbox.append(self._life.reply_event(reply))
-        kind = names.TURN_FAILED_TYPE if failed else names.TURN_COMPLETED_TYPE
-        self._life.say(kind, "turn", summary.model_dump(mode="json"))
+        self._life.say(_TOLD_AS[outcome], "turn", summary.model_dump(mode="json"))
 
 
 def _think_summary(turn: CurrentTurn) -> str:

@@ -5,17 +5,36 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from temporalio.testing import ActivityEnvironment
 
 from activities.agent_state import AgentLedger, caught_up, reply_of
-from activities.entries import AssistantMessage, Entry, Message, RepairMessage, ToolMessage, UserMessage
+from activities.entries import (
+    AssistantMessage,
+    Entry,
+    InterruptMessage,
+    Message,
+    RepairMessage,
+    ToolMessage,
+    UserMessage,
+)
 from activities.ledger import Ledger
 from workflows import names, repair
 from workflows.events import Event, EventReference
 from workflows.mailbox import Mailbox
-from workflows.messages import Reply, ReplyRequest, ToolCall, TurnOutcome, Usage
+from workflows.messages import (
+    CloseRequest,
+    Decision,
+    Reply,
+    ReplyRequest,
+    ThinkRequest,
+    ToolCall,
+    ToolResult,
+    TurnOutcome,
+    Usage,
+)
 from workflows.spec import ReplyForm, ResolvedSpec
 from workflows.state import AgentState, CurrentTurn, Snapshot
 
@@ -64,6 +83,68 @@ async def keep(ledger: Ledger, state: AgentState, run: str = "run-1") -> None:
     """Run the activity as Temporal does."""
     snapshot = Snapshot(workflow_id=AGENT, run_id=run, state=state)
     await ActivityEnvironment().run(AgentLedger(ledger).keep_snapshot, snapshot)
+
+
+# A step that was given up --------------------------------------------------------------------------------------------
+
+
+async def close(ledger: Ledger, request: CloseRequest) -> Decision:
+    """Run the activity as Temporal does."""
+    return await ActivityEnvironment().run(AgentLedger(ledger).close_step, request)
+
+
+async def given_up(ledger: Ledger, parent: Entry, *, cancelled: bool = False) -> CloseRequest:
+    digest = await ledger.put_spec(ResolvedSpec(name="logistics", tenant="store", instructions="Ship."))
+    result = ToolResult(call_id="c1", name="look", content="found")
+    request = ThinkRequest(
+        workflow_id=AGENT, turn=2, step=2, head=parent.id, spec_digest=digest, events=[event(2)], results=[result]
+    )
+    return CloseRequest(step=request, why="A new event came: news", cancelled=cancelled)
+
+
+async def test_a_step_that_is_given_up_keeps_what_was_new_in_it(ledger: Ledger) -> None:
+    """P1, P9: its event counts as taken and its tool's result is not lost; made again, it is the same step."""
+    (first,) = await recorded(ledger, 1)
+    request = await given_up(ledger, first)
+    decided = await close(ledger, request)
+    assert await close(ledger, request) == decided
+    entry = await ledger.find(AGENT, 2, 2)
+    assert entry is not None
+    assert (decided.given_up, decided.head, decided.error, entry.parent) == (True, entry.id, None, first.id)
+    assert [message.role for message in entry.messages] == ["tool", "user", "interrupt"]
+    assert entry.interruption == InterruptMessage(text="A new event came: news")
+    assert await ledger.taken(AGENT, [event(2).digest]) == {event(2).digest: 2}
+    state = await wake(ledger)
+    assert state is not None
+    assert (state.head, state.turn, state.model_calls) == (entry.id, 2, 1)
+
+
+async def test_an_answer_that_was_recorded_before_is_not_given_up(ledger: Ledger) -> None:
+    """P6: it is paid for."""
+    (first,) = await recorded(ledger, 1)
+    answered = await ledger.append(step(2, 2, 2, parent=first))
+    decided = await close(ledger, await given_up(ledger, first))
+    assert (decided.given_up, decided.head, decided.text) == (False, answered.id, "answer 2.2")
+
+
+async def test_nobody_answers_a_step_that_is_given_up(ledger: Ledger) -> None:
+    """P6: whoever still calls the model for it finds it recorded."""
+    (first,) = await recorded(ledger, 1)
+    decided = await close(ledger, await given_up(ledger, first))
+    late = await ledger.append(step(2, 2, 2, parent=first))
+    assert late.id == decided.head
+    assert not await ledger.begin_call(AGENT, 2, 2)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_the_reply_of_a_turn_that_was_cancelled(ledger: Ledger, *, cancelled: bool) -> None:
+    """Found again from the ledger; one that only ended in the middle of an interruption has failed."""
+    (first,) = await recorded(ledger, 1)
+    await close(ledger, await given_up(ledger, first, cancelled=cancelled))
+    reply = reply_of(await ledger.of_turn(AGENT, 2))
+    assert reply.outcome is (TurnOutcome.CANCELLED if cancelled else TurnOutcome.FAILED)
+    assert reply.error == ("A new event came: news" if cancelled else "the turn ended before there was an answer")
+    assert reply.steps == 0
 
 
 # Waking --------------------------------------------------------------------------------------------------------------

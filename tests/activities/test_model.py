@@ -21,6 +21,7 @@ from prometheus_client import REGISTRY
 from temporalio.exceptions import ApplicationError
 from temporalio.testing import ActivityEnvironment
 
+from activities.agent_state import AgentLedger
 from activities.conversation import LEFT_OUT, REMINDER
 from activities.endpoints import ModelsConfig, PoolConfig, Pools
 from activities.entries import (
@@ -34,15 +35,16 @@ from activities.entries import (
 )
 from activities.ledger import Ledger
 from activities.memory import Call, Memory
-from activities.model import Model, new_messages, render
+from activities.model import Model
 from activities.prices import Price
 from activities.spend import Account, Spending
+from activities.steps import new_messages, render
 from workers import rehearsal
 from workers.rehearsal_rules import Rules
 from workflows import names, repair
 from workflows.budget import Cost, Limit, Measure, Spent
 from workflows.events import Event, EventReference, Outgoing
-from workflows.messages import Decision, Delta, ThinkRequest, ToolCall, ToolOutcome, ToolResult, Usage
+from workflows.messages import CloseRequest, Decision, Delta, ThinkRequest, ToolCall, ToolOutcome, ToolResult, Usage
 from workflows.spec import BudgetSpec, ContextSpec, MemorySpec, ReplyForm, ResolvedSpec, Scope, ToolDefinition
 
 AGENT = "agent/store/logistics/order-42"
@@ -590,6 +592,42 @@ async def test_an_answer_that_says_nothing_is_told_apart(tmp_path: Path) -> None
     async with world(tmp_path / "form", said(""), reply=NUMBERED) as agent:
         decided = await agent.think(SHIPPED)
     assert (decided.empty, bool(decided.faults)) == (False, True)
+
+
+# A call that is given up ---------------------------------------------------------------------------------------------
+
+
+async def test_a_cancelled_call_is_really_cancelled(tmp_path: Path) -> None:
+    """The connection to the provider is closed, and nothing is recorded: whoever gave it up closes the step."""
+    async with world(tmp_path, Reply(hang=True)) as agent:
+        surroundings = ActivityEnvironment()
+        calling = asyncio.create_task(agent.think(SHIPPED, surroundings=surroundings))
+        await agent.server.arrived.wait()
+        surroundings.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+        await asyncio.wait_for(agent.server.left.wait(), 10)
+        assert await agent.ledger.find(AGENT, 1, 1) is None
+
+
+async def test_the_model_is_shown_what_interrupted_it(tmp_path: Path) -> None:
+    """What it had not answered, why it was interrupted, and what has come."""
+    async with world(tmp_path, said("Both.")) as agent:
+        state = AgentLedger(agent.ledger)
+        step = ThinkRequest(workflow_id=AGENT, turn=1, step=1, head=None, spec_digest=agent.spec, events=[SHIPPED])
+        closed = await ActivityEnvironment().run(state.close_step, CloseRequest(step=step, why="A new event came: x"))
+        await agent.think(asking("And this?"), step=2, head=closed.head)
+        (request,) = agent.server.requests
+    shown = "\n".join(message["content"] for message in request["messages"] if message["role"] == "user")
+    assert shown == (
+        f"{SHIPPED_TEXT}\n(You were interrupted before you answered what came last. A new event came: x.)\nAnd this?"
+    )
+
+
+async def test_words_to_an_agent_at_work_stand_for_themselves() -> None:
+    """The model is told who says them."""
+    words = Event(id="w", source="ada", type=names.STEER_TYPE, data={"text": "Be brief.", "interrupt": False})
+    assert render(words) == "(ada says to you while you work:) Be brief."
 
 
 # Streaming -----------------------------------------------------------------------------------------------------------

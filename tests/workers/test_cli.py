@@ -19,7 +19,21 @@ from workers.settings import PROVIDER_VARIABLES, Settings
 Run = Callable[..., tuple[int, str, str]]
 
 COMMANDS = (
-    *("dev", "send", "tail", "ask", "agents", "show", "pause", "resume", "stop", "doctor", "demo"),
+    *(
+        "dev",
+        "send",
+        "tail",
+        "ask",
+        "agents",
+        "show",
+        "pause",
+        "resume",
+        "stop",
+        "steer",
+        "cancel-turn",
+        "doctor",
+        "demo",
+    ),
     *("rewind", "fork", "verify"),
     *("approvals", "approvals list", "approvals approve", "approvals refuse", "tool", "tool list", "tool complete"),
     *("worker", "worker agent", "worker model", "worker ingest", "worker rehearsal", "specs", "specs check"),

@@ -19,8 +19,8 @@ from activities import demo_carrier, demo_store, documents
 from activities.conversation import EARLIER, LEFT_OUT, REMINDER
 from activities.forms import Form
 from activities.memory_tools import memory_tools
-from activities.model import render
 from activities.specs import load_agent
+from activities.steps import render
 from workers.rehearsal_protocol import Answer, Call
 from workers.rehearsal_rules import Applied, Before, Result, Rules, Told, read_event, read_result
 from workflows import names, repair

@@ -146,6 +146,16 @@ def test_a_reply_of_a_turn_that_failed_tells_why() -> None:
             f"forked     {WHO}  begins behind entry aaaaaaaaaaaa (turn 2, step 1), by ann",
         ),
         (names.DUPLICATE_TYPE, {"source": "/s", "id": "7", "type": "t"}, f"duplicate  {WHO}  dropped t 7 of /s"),
+        (
+            names.REJECTED_TYPE,
+            {"source": "/s", "id": "7", "type": "t"},
+            f"rejected   {WHO}  dropped t 7 of /s, which came during a turn",
+        ),
+        (
+            names.TURN_INTERRUPTED_TYPE,
+            {"turn": 3, "step": 2, "events": [{"source": "/s", "id": "7", "type": "t"}]},
+            f"cut short  {WHO}  turn 3, step 2, by t 7",
+        ),
         (names.REPLY_TYPE, {"odd": True}, f"reply      {WHO}  of a form not known here: {{'odd': True}}"),
         (
             names.APPROVAL_REQUESTED_TYPE,

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fakes import World, answer, event
 from pydantic import JsonValue
 from servers import TemporalServer, eventually
+from temporalio import activity
 from temporalio.client import Client, WithStartWorkflowOperation, WorkflowHandle, WorkflowUpdateFailedError
 from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.contrib.pydantic import pydantic_data_converter
@@ -40,13 +41,16 @@ from workflows.messages import (
     Rewound,
     Settlement,
     Status,
+    SteerRequest,
     ThinkRequest,
     ToolCall,
+    ToolRequest,
     ToolResult,
 )
 from workflows.names import Address
 from workflows.spec import BudgetSpec, ControlSpec, MailboxSpec, ToolControl
 from workflows.state import AgentInput
+from workflows.steering import Effect
 
 HISTORIES = Path(__file__).parent / "histories"
 SUGGEST_AFTER = 60
@@ -476,6 +480,79 @@ def _waking(life: Life, within: float, **spec: object) -> None:
     life.world.spec = ControlSpec.model_validate({"digest": "s", "tools": tools, "wake_ups": {}, **spec})
 
 
+def _held(life: Life, *calls: ToolCall) -> tuple[asyncio.Semaphore, asyncio.Event]:
+    """First steps wait until they are let go: what says that one has begun, and what lets them go."""
+    began, go_on = asyncio.Semaphore(0), asyncio.Event()
+
+    async def think(request: ThinkRequest) -> Decision:
+        if request.step == 1:
+            began.release()
+            while not go_on.is_set():
+                activity.heartbeat()
+                await asyncio.sleep(0.05)
+            return answer("", request, *calls) if calls else answer("done", request)
+        return answer("done", request)
+
+    life.world.think_with = think
+    life.world.tool = lambda request: ToolResult(call_id=request.call.id, name="look", content="seen")
+    rules = [{"types": [f"test.{effect.value}"], "then": effect} for effect in Effect]
+    mailbox = MailboxSpec.model_validate({"during_turn": rules})
+    life.world.spec = ControlSpec(digest="s", mailbox=mailbox, tools={"look": ToolControl()})
+    return began, go_on
+
+
+async def joined(life: Life) -> None:
+    """In mid-turn comes what joins it, what waits and what is rejected, and a person's words."""
+    began, go_on = _held(life, ToolCall(id="call-1", name="look"))
+    await life.deliver(event(1))
+    await began.acquire()
+    await life.deliver(event(2), event(3, kind="test.merge"), event(4, kind="test.reject"))
+    await life.handle.execute_update(names.STEER, SteerRequest(text="Mind it.", by="ada"), result_type=Status)
+    go_on.set()
+    await life.replies(2)
+    await life.stop()
+
+
+async def interrupted(life: Life) -> None:
+    """An event interrupts a model call; then a turn is cancelled in its model call, and one while a tool works."""
+    began, go_on = _held(life)
+    await life.deliver(event(1))
+    await began.acquire()
+    await life.deliver(event(2, kind="test.interrupt"))
+    await life.replies(1)
+    await life.deliver(event(3))
+    await began.acquire()
+    await life.steer(names.CANCEL_TURN)
+    await life.replies(2)
+    began, go_on = _held(life, ToolCall(id="call-1", name="look"))
+    go_on.set()
+    looking, looked = asyncio.Event(), asyncio.Event()
+
+    async def look(request: ToolRequest) -> ToolResult:
+        looking.set()
+        await looked.wait()
+        return ToolResult(call_id=request.call.id, name="look", content="seen")
+
+    life.world.tool = look
+    await life.deliver(event(4))
+    await looking.wait()
+    await life.steer(names.CANCEL_TURN)
+    looked.set()
+    await life.replies(3)
+    await life.stop()
+
+
+async def drained(life: Life) -> None:
+    """Stopped in mid-turn, it answers its mail first."""
+    began, go_on = _held(life)
+    await life.deliver(event(1))
+    await began.acquire()
+    await life.deliver(event(2))
+    await life.handle.execute_update(names.STOP, Intervention(by="ada", drain=True), result_type=Status)
+    go_on.set()
+    await life.handle.result()
+
+
 async def woken(life: Life) -> None:
     """Wakes itself while it is open."""
     _waking(life, 2)
@@ -519,6 +596,9 @@ LIVES: tuple[Callable[[Life], Awaitable[None]], ...] = (
     alarmed,
     speechless,
     looping,
+    joined,
+    interrupted,
+    drained,
 )
 
 

@@ -74,6 +74,14 @@ GOLDEN = {
     "TENANT_ATTRIBUTE": "PerennialTenant",
     "AGENT_ATTRIBUTE": "PerennialAgent",
     "STATE_ATTRIBUTE": "PerennialState",
+    "STEER": "steer",
+    "CANCEL_TURN": "cancel_turn",
+    "NO_TURN": "NoTurn",
+    "BUSY": "Busy",
+    "TURN_CANCELLED_TYPE": "perennial.turn.cancelled.v1",
+    "TURN_INTERRUPTED_TYPE": "perennial.turn.interrupted.v1",
+    "REJECTED_TYPE": "perennial.event.rejected.v1",
+    "STEER_TYPE": "perennial.steer.v1",
 }
 
 
@@ -152,7 +160,8 @@ def test_the_workflow_answers_to_these_names() -> None:
     assert definition.name == names.WORKFLOW_TYPE
     assert set(definition.signals) == {names.DELIVER, names.CHECK_BUDGET}
     steering = {names.PAUSE, names.RESUME, names.STOP, names.REWIND, names.FORK, names.LIFT_BUDGET}
-    assert set(definition.updates) == {names.ASK, *steering, names.DECIDE, names.COMPLETE}
+    in_a_turn = {names.STEER, names.CANCEL_TURN, names.DECIDE, names.COMPLETE}
+    assert set(definition.updates) == {names.ASK, *steering, *in_a_turn}
     assert set(definition.queries) == {names.STATUS}
 
 

@@ -50,6 +50,9 @@ LIVES = (
     "alarmed_alarm",
     "speechless",
     "looping",
+    "joined",
+    "interrupted",
+    "drained",
 )
 
 
