@@ -72,8 +72,8 @@ def test_each_spec_loads_under_the_name_of_its_file(path: Path) -> None:
 
 
 def test_the_company_is_complete() -> None:
-    """Three agents; what can't be recognised when it is repeated is not repeated."""
-    assert {spec.name for spec in SPECS.agents} == {"customer-service", "logistics", "security"}
+    """All agents; what can't be recognised when it is repeated is not repeated."""
+    assert {spec.name for spec in SPECS.agents} == {"customer-service", "logistics", "print-room", "security"}
     assert SPECS.topics == ["agents.events", TOPIC]
     tools = {
         (spec.name, definition.name): definition.repeatable

@@ -200,7 +200,7 @@ def worker_ingest() -> None:
     _process("ingest")
 
 
-@worker.command("rehearsal")
+@worker.command("rehearsal", short_help="Answers model calls from rules, without a model.")
 def worker_rehearsal() -> None:
     """Answers model calls from rules, where no model provider is configured."""
     _process("rehearsal")
@@ -733,6 +733,7 @@ async def _verify(settings: Settings, agent: str | None, output: Output) -> None
 
 @memory.command(
     "list",
+    short_help="List the facts that an agent is reminded of.",
     epilog=_examples(
         "perennial memory customer-service/customer-17",
         "perennial memory store/customer-service/customer-17 --query 'how to deliver' --scope key",
@@ -773,6 +774,7 @@ def memory_list(  # noqa: PLR0913  # one for each filter
 
 @memory.command(
     "forget",
+    short_help="Let an agent be reminded of a fact no more.",
     epilog=_examples("perennial memory forget customer-service/customer-17 3f2a9c01d4e5b677 --why 'asked for it'"),
 )
 def memory_forget(
@@ -804,7 +806,11 @@ def pins_list(agent: Agent, *, as_json: Json = False) -> None:
     asyncio.run(_pins(Settings.load(), agent, None, None, _output(as_json=as_json)))
 
 
-@pins.command("add", epilog=_examples("perennial pins add logistics/order-1042 3f2a9c --why 'the customer's terms'"))
+@pins.command(
+    "add",
+    short_help="Always show an agent this entry, word for word.",
+    epilog=_examples("perennial pins add logistics/order-1042 3f2a9c --why 'the customer's terms'"),
+)
 def pins_add(
     agent: Agent, entry: EntryId, *, why: Annotated[str, typer.Option(help="Why.")], as_json: Json = False
 ) -> None:
@@ -907,7 +913,11 @@ class _State(StrEnum):
     ALL = "all"
 
 
-@dlq.command("list", epilog=_examples("perennial dlq list", "perennial dlq list --state all --reason 'bad_*' --json"))
+@dlq.command(
+    "list",
+    short_help="List dead letters, the oldest first.",
+    epilog=_examples("perennial dlq list", "perennial dlq list --state all --reason 'bad_*' --json"),
+)
 def dlq_list(  # noqa: PLR0913  # one for each filter
     *,
     state: Annotated[_State, typer.Option(help="Only those about which this was done.")] = _State.OPEN,
@@ -941,7 +951,7 @@ def dlq_list(  # noqa: PLR0913  # one for each filter
     )
 
 
-@dlq.command("show", epilog=_examples("perennial dlq show 2-17"))
+@dlq.command("show", short_help="Show a dead letter, byte for byte.", epilog=_examples("perennial dlq show 2-17"))
 def dlq_show(letter: Annotated[str, typer.Argument(metavar="ID")], *, as_json: Json = False) -> None:
     """Show a dead letter: the record as it was, byte for byte, and what is wrong with it."""
     from workers import dlq as letters
@@ -957,7 +967,9 @@ def dlq_show(letter: Annotated[str, typer.Argument(metavar="ID")], *, as_json: J
 
 
 @dlq.command(
-    "redrive", epilog=_examples("perennial dlq redrive 2-17 0-4", "perennial dlq redrive --all --reason unknown_agent")
+    "redrive",
+    short_help="Put records back onto their own topics.",
+    epilog=_examples("perennial dlq redrive 2-17 0-4", "perennial dlq redrive --all --reason unknown_agent"),
 )
 def dlq_redrive(  # noqa: PLR0913  # one for each filter
     ids: Letters = None,
@@ -982,7 +994,11 @@ def dlq_redrive(  # noqa: PLR0913  # one for each filter
     _done(output, "redriven", found)
 
 
-@dlq.command("drop", epilog=_examples("perennial dlq drop 2-17 --why 'a test of the shop team'"))
+@dlq.command(
+    "drop",
+    short_help="Note that nothing will be done about dead letters.",
+    epilog=_examples("perennial dlq drop 2-17 --why 'a test of the shop team'"),
+)
 def dlq_drop(  # noqa: PLR0913  # one for each filter
     ids: Letters = None,
     *,

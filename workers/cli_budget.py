@@ -29,6 +29,7 @@ def _dollars(text: str) -> int:
 
 @budget.command(
     "show",
+    short_help="Show what was spent, of what may be.",
     epilog=examples(
         "perennial budget show customer-service/customer-17",
         "perennial budget show --tenant store --json",
@@ -67,6 +68,7 @@ def budget_show(
 
 @budget.command(
     "lift",
+    short_help="Allow an agent more than a limit of its budget.",
     epilog=examples(
         "perennial budget lift customer-service/customer-17 --usd 5 --reason 'an important customer'",
         "perennial budget lift customer-service/customer-17 --tokens 100000 --scope tenant --per month",

@@ -108,7 +108,11 @@ def _decide(request: DecideRequest, output: Output) -> None:
     _say_settled(asyncio.run(decide()), output)
 
 
-@tool.command("list", epilog=examples("perennial tool list", "perennial tool list logistics/order-1042 --json"))
+@tool.command(
+    "list",
+    short_help="List the tool calls that wait for an answer.",
+    epilog=examples("perennial tool list", "perennial tool list logistics/order-1042 --json"),
+)
 def tool_list(
     agent: MaybeAgent = None,
     *,
@@ -127,6 +131,7 @@ def tool_list(
 
 @tool.command(
     "complete",
+    short_help="Answer a tool call, so that its agent goes on.",
     epilog=examples(
         "perennial tool complete agent/store/logistics/order-1042/3/2/0 'It has arrived.'",
         "perennial tool complete agent/store/logistics/order-1042/3/2/0 --file answer.json",

@@ -600,7 +600,10 @@ def test_specs_are_checked(perennial: Perennial) -> None:
     told = json.loads(ran.out)
     assert all("read_result" in spec.pop("offers") for spec in told)
     specs = TypeAdapter(list[AgentSpec]).validate_python(told)
-    assert (ran.status, [spec.name for spec in specs]) == (0, ["customer-service", "logistics", "security"])
+    assert (ran.status, [spec.name for spec in specs]) == (
+        0,
+        ["customer-service", "logistics", "print-room", "security"],
+    )
     ran = perennial("specs", "check")
     assert (ran.status, ran.err) == (0, "in order: 3 specs\n")
     assert ran.out.startswith("AGENT ")
