@@ -23,9 +23,9 @@ from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
 from temporalio.client import Client
 from temporalio.service import RPCError
 
-from activities.endpoints import ModelsConfig, ModelsError
+from activities.endpoints import EmbeddingsConfig, ModelsConfig, ModelsError
 from activities.ledger import Ledger, sqlite_file
-from workers import kafka, operations, topics, wiring
+from workers import embeddings, kafka, operations, topics, wiring
 from workers.embedded import TOPICS
 from workers.exits import CommandError
 from workers.model import model_pools, models_config
@@ -55,7 +55,11 @@ async def examine(settings: Settings) -> list[Check]:
     specs, spec_check = _specs(settings)
     models, model_checks = _models(settings, specs)
     parts = await asyncio.gather(
-        _ledger(settings), _temporal(settings), _kafka(settings, specs), *map(_endpoint, _places(models))
+        _ledger(settings),
+        _temporal(settings),
+        _kafka(settings, specs),
+        *map(_endpoint, _places(models)),
+        _embeddings(models.embeddings if models else None),
     )
     return [spec_check, *model_checks, *(check for part in parts for check in part), _disk(settings.state_dir)]
 
@@ -121,6 +125,22 @@ async def _endpoint(place: tuple[str, str]) -> list[Check]:
     except (OSError, TimeoutError) as error:
         return [Check(what=what, ok=False, found=f"{url}: {_said(error)}", remedy="Start it, or correct its address")]
     return [Check(what=what, ok=True, found=f"{url} takes connections")]
+
+
+async def _embeddings(config: EmbeddingsConfig | None) -> list[Check]:
+    """What makes vectors of facts, if anything does. Agents work without it."""
+    if config is None:
+        return []
+    what, remedy = "embeddings", "Until then facts are found by their words alone"
+    try:
+        async with embeddings.client(config):
+            pass
+    except ModelsError as error:
+        return [Check(what=what, ok=False, needed=False, found=str(error), remedy=remedy)]
+    if config.base_url is None:
+        return [Check(what=what, ok=True, needed=False, found=config.model)]
+    (there,) = await _endpoint((what, config.base_url))
+    return [there.model_copy(update={"what": what, "needed": False, "remedy": "" if there.ok else remedy})]
 
 
 # What is reachable ------------------------------------------------------------------------------------------------

@@ -91,6 +91,26 @@ async def test_a_route_that_no_models_file_has_is_found_out(tmp_path: Path) -> N
     assert "a wants route 'fast'" in checks["models"].found
 
 
+async def test_embeddings_are_looked_at_and_not_needed(tmp_path: Path) -> None:
+    """Without their key or their server, facts are found by words: it is told, and is no reason to fail."""
+    models = tmp_path / "models.yaml"
+    pools = "pools:\n  p: {model: 'openai-chat:x', base_url: 'http://127.0.0.1:1/v1'}\n"
+    for embeddings, ok, found in [
+        ("{model: 'openai:x', api_key_env: NO_SUCH_KEY}", False, "NO_SUCH_KEY"),
+        ("{model: 'openai:x', base_url: 'http://127.0.0.1:1/v1'}", False, "http://127.0.0.1:1/v1"),
+        ("{model: 'openai:x', base_url: 'http://127.0.0.1:%d/v1'}", True, "takes connections"),
+    ]:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            port = silent.getsockname()[1]
+            models.write_text(f"{pools}embeddings: {embeddings.replace('%d', str(port))}\n")
+            check = (await looked(tmp_path, models=models))["embeddings"]
+        assert (check.ok, check.needed) == (ok, False)
+        assert found in check.found
+        assert ("by their words" in check.remedy) == (not ok)
+    models.write_text(pools)
+    assert "embeddings" not in await looked(tmp_path, models=models)
+
+
 async def test_a_disk_that_is_nearly_full_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers and ledgers fail in odd ways without room."""
     usage = shutil.disk_usage(tmp_path)._replace(free=5_000_000)
