@@ -23,7 +23,7 @@ _EMPTY = 1  # so often in a turn a model that says nothing is asked again
 
 def sent_back(spec: ControlSpec, turn: CurrentTurn, decision: Decision) -> bool:
     """Whether the answer is sent back; then the turn's next step says what is wrong with it."""
-    steps_left = spec.budget.steps_per_turn - turn.step + 1
+    steps_left = spec.budget.steps_per_turn - (turn.step - turn.interruptions) + 1
     if decision.empty and turn.empty < _EMPTY and steps_left > 0:
         turn.empty += 1
         turn.repair = SAY_SOMETHING
