@@ -6,9 +6,10 @@ reply = await ask(client, agent_id, queue, "Where is it?")
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
-from temporalio.client import Client, WithStartWorkflowOperation, WorkflowHandle
+from temporalio.client import Client, WithStartWorkflowOperation, WorkflowFailureError, WorkflowHandle
 from temporalio.common import WorkflowIDConflictPolicy
 
 from workflows import names
@@ -28,6 +29,13 @@ async def deliver(client: Client, agent_id: str, queue: str, *events: Event) -> 
         start_signal=names.DELIVER,
         start_signal_args=[Delivery(events=list(events))],
     )
+
+
+async def cancel(handle: WorkflowHandle[Any, Any]) -> None:
+    """Cancel an agent from outside, and wait until it has closed: what is delivered before waits in its snapshot."""
+    await handle.cancel()
+    with contextlib.suppress(WorkflowFailureError):
+        await handle.result()
 
 
 async def ask(client: Client, agent_id: str, queue: str, text: str, question_id: str = "") -> Reply:

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import pytest
 from fakes import World, answer, event
-from talking import ask, deliver
+from talking import ask, cancel, deliver
 from temporalio import activity
 from temporalio.client import Client, WorkflowHandle, WorkflowUpdateFailedError
 from temporalio.exceptions import ApplicationError
@@ -312,8 +312,8 @@ async def test_an_agent_cancelled_in_the_middle_of_a_turn_goes_on_with_it_when_w
     async with world.workers(client, queue):
         handle = await deliver(client, agent_id, queue, event(1))
         await thinking.wait()
-        await handle.cancel()
-        await eventually(lambda: agent_id in world.snapshots)
+        await cancel(handle)
+        assert agent_id in world.snapshots
         await deliver(client, agent_id, queue, event(2))
         await eventually(lambda: len(world.replies) == 2)
         await stop(client.get_workflow_handle(agent_id))

@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 from fakes import World, answer, event
 from servers import TemporalServer
-from talking import deliver
+from talking import cancel, deliver
 from temporalio.client import Client, WorkflowHandle, WorkflowUpdateFailedError
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.exceptions import ApplicationError
@@ -348,8 +348,8 @@ async def test_an_agent_that_is_cancelled_while_a_call_waits_goes_on_waiting_whe
         handle = await deliver(client, agent_id, queue, event(1))
         await waiting(handle, eventually)
         await eventually(lambda: made(world) == ["look"])
-        await handle.cancel()
-        await eventually(lambda: agent_id in world.snapshots)
+        await cancel(handle)
+        assert agent_id in world.snapshots
         word = by_event(names.DECIDE_TYPE, 1, call=key(agent_id), approve=True)
         await deliver(client, agent_id, queue, word)
         await eventually(lambda: len(world.replies) == 1)
@@ -375,8 +375,8 @@ async def test_a_call_that_is_cut_off_is_not_made_again(
     async with world.workers(client, queue):
         handle = await deliver(client, agent_id, queue, event(1))
         await begun.wait()
-        await handle.cancel()
-        await eventually(lambda: agent_id in world.snapshots)
+        await cancel(handle)
+        assert agent_id in world.snapshots
         world.tool = did
         await deliver(client, agent_id, queue, event(2))
         await eventually(lambda: len(world.replies) == 2)
