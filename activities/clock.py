@@ -1,4 +1,4 @@
-"""Waking agents: the alarm of an agent that hibernates, and mail that is not from Kafka.
+"""Time and agents: the alarm of one that hibernates, mail that is not from Kafka, and the clock on the wall.
 
 clock = Clock(client, partial(wiring.deliver, client, task_queue))
 activities = [clock.set_alarm, clock.deliver]
@@ -7,6 +7,7 @@ activities = [clock.set_alarm, clock.deliver]
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from zoneinfo import ZoneInfo
 
 from temporalio import activity
 from temporalio.client import Client
@@ -17,6 +18,7 @@ from workflows import names
 from workflows.events import Event
 from workflows.interface import ClockActivities
 from workflows.messages import Alarm, Mail
+from workflows.quiet_hours import Hush, LookRequest, look
 
 Deliver = Callable[[names.Address, Sequence[Event]], Awaitable[None]]
 """Puts events into an agent's mailbox, waking or starting it; with none it only does that."""
@@ -54,3 +56,8 @@ class Clock(ClockActivities):
     @activity.defn(name="deliver")
     async def deliver(self, mail: Mail) -> None:
         await self._deliver(names.parse_workflow_id(mail.workflow_id), mail.events)
+
+    @override
+    @activity.defn(name="look_at_clock")
+    async def look_at_clock(self, request: LookRequest) -> Hush:
+        return look(request.hours, request.at, ZoneInfo(request.hours.time_zone))

@@ -13,6 +13,7 @@ import asyncio
 import hashlib
 import logging
 import re
+import zoneinfo
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -106,6 +107,7 @@ class Agent:
             context=self.spec.context,
             memory=self.spec.memory,
             wake_ups=self.spec.wake_ups,
+            quiet_hours=self.spec.quiet_hours,
             reply=self.reply,
             stream=self.spec.stream,
             hibernate_after=timedelta(seconds=idle) if (idle := self.spec.hibernate_after_seconds) else None,
@@ -340,8 +342,7 @@ def load_agent(path: Path) -> Agent:
             continue
         agent.tools[tool.name] = tool
         agent.definitions.append(definition)
-    faults += [f"{document.place('memory')}: {fault}" for fault in _add_memory(agent)]
-    faults += [f"{document.place('wake_ups')}: {fault}" for fault in _add_wake_ups(agent)]
+    faults += [f"{document.place(*place)}: {fault}" for place, fault in _add_sections(agent)]
     if spec.reply:
         try:
             agent.reply = resolve(spec.reply, beside=path.parent)
@@ -350,6 +351,22 @@ def load_agent(path: Path) -> Agent:
     if faults:
         raise SpecError("\n".join(faults))
     return agent
+
+
+def _add_sections(agent: Agent) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Give the agent the tools that its memory and its wake-ups bring; what is wrong there, and in its schedules."""
+    for fault in _add_memory(agent):
+        yield ("memory",), fault
+    for fault in _add_wake_ups(agent):
+        yield ("wake_ups",), fault
+    zones: list[tuple[tuple[str | int, ...], str]] = [
+        (("schedules", number), schedule.time_zone) for number, schedule in enumerate(agent.spec.schedules)
+    ]
+    if agent.spec.quiet_hours:
+        zones.append((("quiet_hours",), agent.spec.quiet_hours.time_zone))
+    for place, zone in zones:
+        if zone not in zoneinfo.available_timezones():
+            yield place, f"no time zone is named {zone!r}; name one as in Europe/Lisbon"
 
 
 def _add_memory(agent: Agent) -> Iterator[str]:

@@ -55,6 +55,8 @@ from workflows.messages import (
     ToolResult,
     Usage,
 )
+from workflows.occurrence import OccurrenceWorkflow
+from workflows.quiet_hours import Hush, LookRequest
 from workflows.spec import ControlSpec
 from workflows.state import AgentState, Snapshot
 
@@ -116,6 +118,8 @@ class World(
     lifts: list[LiftRecord] = field(default_factory=list)
     rewind_with: Callable[[RewindRecord], Awaitable[None]] | None = None
     alarms: list[Alarm] = field(default_factory=list)
+    looks: list[LookRequest] = field(default_factory=list)
+    look_with: Callable[[LookRequest], Hush] | None = None
     clock: Clock | None = None
     """The real thing, over the workers' client."""
 
@@ -250,6 +254,15 @@ class World(
         assert self.clock is not None
         await self.clock.deliver(mail)
 
+    @override
+    @activity.defn(name="look_at_clock")
+    async def look_at_clock(self, request: LookRequest) -> Hush:
+        self.looks.append(request)
+        if self.look_with is not None:
+            return self.look_with(request)
+        assert self.clock is not None
+        return await self.clock.look_at_clock(request)
+
     @asynccontextmanager
     async def workers(self, client: Client, task_queue: str) -> AsyncIterator[None]:
         """The agent worker and the model worker, over these fakes."""
@@ -263,7 +276,7 @@ class World(
                 Worker(
                     client,
                     task_queue=task_queue,
-                    workflows=[AgentWorkflow, AlarmWorkflow],
+                    workflows=[AgentWorkflow, AlarmWorkflow, OccurrenceWorkflow],
                     activities=[
                         self.run_tool,
                         self.wake,
@@ -278,6 +291,7 @@ class World(
                         self.publish,
                         self.set_alarm,
                         self.deliver,
+                        self.look_at_clock,
                     ],
                     workflow_runner=workflow_runner(),
                 )

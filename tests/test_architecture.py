@@ -27,6 +27,7 @@ from workers.settings import PREFIX, Settings
 from workflows import interface, names
 from workflows.agent import AgentWorkflow
 from workflows.alarm import AlarmWorkflow
+from workflows.occurrence import OccurrenceWorkflow
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("workflows", "activities", "workers")
@@ -85,13 +86,13 @@ async def test_the_workers_serve_all_activities_and_no_others(temporal_server: T
     assert registered(models) == {"think", "compact"}
     assert not registered(agents) & registered(models)
     assert (agents.task_queue, models.task_queue) == ("house", names.model_queue("house"))
-    assert agents.config().get("workflows") == [AgentWorkflow, AlarmWorkflow]
+    assert agents.config().get("workflows") == [AgentWorkflow, AlarmWorkflow, OccurrenceWorkflow]
 
 
 def test_the_names_of_activities_never_change() -> None:
     """They stand in every history."""
     ledger = {"wake", "keep_snapshot", "find_reply", "record_rewind", "record_approval", "record_lift", "close_step"}
-    clock = {"set_alarm", "deliver"}
+    clock = {"set_alarm", "deliver", "look_at_clock"}
     assert interface_names() == {"think", "compact", "run_tool", "keep_result", "load_spec", "publish", *ledger, *clock}
 
 
@@ -113,7 +114,8 @@ def test_only_the_agent_and_its_parts_speak_temporal_s_workflow_api() -> None:
         if any(name.startswith("temporalio.workflow") for name in imported(tree))
     ]
     assert set(users) == {
-        f"workflows/{part}.py" for part in ("acting", "agent", "alarm", "attending", "life", "over_budget", "turn")
+        f"workflows/{part}.py"
+        for part in ("acting", "agent", "alarm", "attending", "life", "occurrence", "over_budget", "turn")
     }
 
 
@@ -140,7 +142,10 @@ def test_only_settings_touch_the_environment() -> None:
         ("pydantic_settings", {"workers/settings.py"}),
         (
             "typer",
-            {f"workers/{part}.py" for part in ("arguments", "cli", "cli_budget", "cli_calls", "cli_steering")},
+            {
+                f"workers/{part}.py"
+                for part in ("arguments", "cli", "cli_budget", "cli_calls", "cli_schedules", "cli_steering")
+            },
         ),
     ],
 )

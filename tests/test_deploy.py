@@ -17,6 +17,7 @@ from activities.specs import load_agent, load_specs
 from activities.tools import ToolCallContext, call_context
 from workers.flow import Limits
 from workers.records import Decoded, Record, Rejected, Routes, decode
+from workflows import names
 from workflows.events import Event
 from workflows.names import Address
 
@@ -68,7 +69,7 @@ def test_each_spec_loads_under_the_name_of_its_file(path: Path) -> None:
         arguments = definition.parameters["properties"]
         assert isinstance(arguments, dict)
         assert all("description" in argument for argument in arguments.values() if isinstance(argument, dict))
-        assert arguments
+        assert arguments or definition.name == names.LIST_WAKE_UPS
 
 
 def test_the_company_is_complete() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 from temporalio.client import Client
+from temporalio.service import RPCError
 from temporalio.worker import Worker
 
 from activities.agent_state import AgentLedger
@@ -20,11 +22,15 @@ from activities.publish import Publish
 from activities.specs import SpecError, Specs, SpecSet, load_specs
 from activities.spend import Budgets, Spending
 from activities.tools import Tools
-from workers import embeddings, kafka, wiring
+from workers import embeddings, kafka, schedules, wiring
+from workers.exits import CommandError
 from workers.settings import Settings, environment
 from workers.spawn import launcher
 from workflows.agent import AgentWorkflow
 from workflows.alarm import AlarmWorkflow
+from workflows.occurrence import OccurrenceWorkflow
+
+log = logging.getLogger(__name__)
 
 # An agent of a worker that died is taken over by another after so long.
 _STICKY_TIMEOUT = timedelta(seconds=5)
@@ -65,7 +71,7 @@ def agent_worker(  # noqa: PLR0913, PLR0917  # what it is wired from
     return Worker(
         client,
         task_queue=settings.task_queue,
-        workflows=[AgentWorkflow, AlarmWorkflow],
+        workflows=[AgentWorkflow, AlarmWorkflow, OccurrenceWorkflow],
         activities=[
             state.wake,
             state.keep_snapshot,
@@ -80,12 +86,25 @@ def agent_worker(  # noqa: PLR0913, PLR0917  # what it is wired from
             publisher.publish,
             clock.set_alarm,
             clock.deliver,
+            clock.look_at_clock,
         ],
         workflow_runner=wiring.workflow_runner(),
         sticky_queue_schedule_to_start_timeout=_STICKY_TIMEOUT,
         max_heartbeat_throttle_interval=HEARTBEAT_THROTTLE,
         graceful_shutdown_timeout=settings.drain,
     )
+
+
+async def _apply_schedules(client: Client, settings: Settings, specs: SpecSet) -> None:
+    """Have Temporal keep the schedules that the specs say. Agents work without; an operator is told, and can do it."""
+    try:
+        changes = await schedules.apply(client, settings.task_queue, specs.agents)
+    except (CommandError, RPCError) as error:
+        log.warning("The schedules could not be applied; do it with `perennial schedules apply`: %s", error)
+        return
+    for change in changes:
+        if change.did != "unchanged":
+            log.info("schedule %s %s", change.schedule, change.did)
 
 
 async def main(settings: Settings, stop: asyncio.Event) -> None:
@@ -100,6 +119,7 @@ async def main(settings: Settings, stop: asyncio.Event) -> None:
     if client is None:
         return
     await wiring.ensure_search_attributes(client)
+    await _apply_schedules(client, settings, specs)
     publisher = Publish(kafka.reached_by(settings))
     async with (
         Ledger(settings.ledger_url) as ledger,

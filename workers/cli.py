@@ -37,6 +37,7 @@ from workers.arguments import resolved as _resolved
 from workers.arguments import user as _user
 from workers.cli_budget import budget
 from workers.cli_calls import approvals, tool
+from workers.cli_schedules import schedules
 from workers.cli_steering import steering
 from workers.exits import BAD_INPUT, FAILED, OK, CommandError
 from workers.settings import Settings, SettingsError
@@ -116,6 +117,7 @@ app.add_typer(memory, name="memory")
 app.add_typer(budget, name="budget")
 app.add_typer(approvals, name="approvals")
 app.add_typer(tool, name="tool")
+app.add_typer(schedules, name="schedules")
 app.add_typer(specs, name="specs")
 app.add_typer(dlq, name="dlq")
 app.add_typer(ingest, name="ingest")

@@ -381,6 +381,7 @@ def summary(report: Report) -> list[Text]:
         Text("counted from the reply topic, the ledger, the dead-letter topic and the model endpoint", "bold"),
         line("events in", tally.events_in),
         line("accepted", tally.accepted),
+        *([line("woke themselves", tally.woken)] if tally.woken else []),
         line("duplicates dropped", tally.duplicates, remark=wanted),
         line("dead-lettered", tally.dead_letters, remark=wanted),
         *([line("for no agent here", tally.skipped)] if tally.skipped else []),

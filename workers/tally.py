@@ -82,7 +82,9 @@ class Tally(BaseModel):
     events_in: int
     """Records sent."""
     accepted: int
-    """Events at agents, by the ledger."""
+    """Events at agents, by the ledger; not those of their own wake-ups, and of schedules."""
+    woken: int = 0
+    """Wake-ups that agents had set for themselves, in the ledger."""
     duplicates: int
     """Dropped by agents, which say so on their lifecycle topic."""
     dead_letters: int
@@ -163,19 +165,24 @@ def count(  # noqa: PLR0913  # one argument for each place that is looked at
     """
     replies = answered(answers)
     turns: dict[Pair, set[int]] = defaultdict(set)
+    own: dict[Pair, bool] = {}
     paid_again = 0
     for entry in recorded:
         last = (asked or {}).get(names.call_key(entry.workflow_id, entry.turn, entry.step), 0.0)
         paid_again += last > datetime.fromisoformat(entry.recorded_at).timestamp()
         for reference in entry.answers:
-            turns[Pair(entry.workflow_id, reference.digest)].add(entry.turn)
+            pair = Pair(entry.workflow_id, reference.digest)
+            turns[pair].add(entry.turn)
+            if reference.type == names.WAKE_TYPE or reference.source == names.SCHEDULE_SOURCE:
+                own[pair] = reference.type == names.WAKE_TYPE
     seconds = [
         (min(replies[pair].values()) - sent[index]) / 1000 for pair, index in expected.pairs.items() if pair in replies
     ]
     outcomes = {answer.reply.id: answer.reply.outcome for answer in answers}
     return Tally(
         events_in=len(sent),
-        accepted=len(turns),
+        accepted=len(turns) - len(own),
+        woken=sum(own.values()),
         duplicates=len(set(duplicates)),
         dead_letters=len(set(dead_letters)),
         skipped=expected.skipped,

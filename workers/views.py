@@ -44,6 +44,7 @@ from workflows.messages import (
     Usage,
     Waits,
 )
+from workflows.wake_ups import described
 
 if TYPE_CHECKING:  # they import Temporal's client, which `perennial tail` can do without
     from activities.memory import KeptFact
@@ -55,6 +56,7 @@ if TYPE_CHECKING:  # they import Temporal's client, which `perennial tail` can d
     from workers.history import Node, Plan, TreeReport, Verdict
     from workers.pins import Pinned
     from workers.report import AgentReport
+    from workers.schedules import Listed
 
 REHEARSAL_MARK = "[rehearsal]"
 
@@ -63,6 +65,7 @@ _STATE_STYLES = {
     "working": "green",
     "idle": "green",
     "asleep": "dim",
+    "quiet": "dim",
     names.OVER_BUDGET: "yellow",
     "waiting": "yellow",
     "paused": "yellow",
@@ -373,6 +376,8 @@ def _facts(told: AgentReport) -> Iterator[tuple[str, str]]:
         status = told.status
         yield "now", status.doing if told.awake else told.state + (f" since {moment(told.since)}" if told.since else "")
         yield "waiting", count(status.waiting, "event")
+        for wake_up in status.wake_ups:
+            yield "wakes", f"{described(wake_up)}: {wake_up.note}"
         events = f"{count(status.accepted, 'event')} accepted, {count(status.duplicates, 'duplicate')} dropped"
         if status.forgotten:
             events += f", {status.forgotten} older than it remembers"
@@ -460,6 +465,12 @@ def account(found: Account) -> tuple[str, str, str, str, str, str, str]:
     until = moment(found.until) if found.until else ""
     unknown = f"{spent.unpriced:,}" if spent.unpriced else ""
     return who, _WINDOWS[found.per], of(Measure.TOKENS), of(Measure.USD), of(Measure.TURNS), unknown, until
+
+
+def schedule(found: Listed) -> tuple[str, ...]:
+    """A row of `perennial schedules list`."""
+    times = (moment(at) if at else "" for at in (found.next, found.last))
+    return found.schedule, found.agent, found.when, found.state, *times, f"{found.taken:,}", f"{found.skipped:,}"
 
 
 def lifted(who: str, made: Lifted) -> Text:

@@ -14,6 +14,8 @@ still replay.
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime
+from typing import NamedTuple
 
 from temporalio import workflow
 from temporalio.common import SearchAttributeKey
@@ -48,6 +50,13 @@ _TENANT_ATTRIBUTE = SearchAttributeKey.for_keyword(names.TENANT_ATTRIBUTE)
 _AGENT_ATTRIBUTE = SearchAttributeKey.for_keyword(names.AGENT_ATTRIBUTE)
 _QUESTION_CHARACTERS = 100_000
 _IDLE_NO_MORE = "mail-that-comes-while-closing-is-taken"
+
+
+class _Time(NamedTuple):
+    """When the agent has something to do."""
+
+    at: datetime
+    what: str
 
 
 @workflow.defn(name=names.WORKFLOW_TYPE)
@@ -340,6 +349,8 @@ class AgentWorkflow:
             self._life.show()
             if self._state.outbox:
                 await self._life.publish()
+            elif self._state.occurrences:
+                await self._life.tell_occurrences()
             elif self._may_close():
                 if await self._close():
                     return
@@ -370,28 +381,45 @@ class AgentWorkflow:
         """Wait for something to do; False when the agent has been idle for as long as its spec allows.
 
         A wake-up that is due sooner keeps it open, and is something to do; a later one has an alarm (`_keep_snapshot`).
+        So is the end of quiet hours, if mail waits.
         """
         held = self._state.paused or self._state.mailbox.waiting
         idle = self._state.spec.hibernate_after if self._state.spec and not held else None
-        timeout, summary = idle, "hibernate, if nothing comes"
-        first = next_due(self._state.wake_ups)
-        left = first.due - workflow.now() if first and first.due else None
-        wakes = left is not None and (idle is None or left <= idle)
-        if wakes:
-            timeout, summary = left, "wake itself"
+        now = workflow.now()
+        times = [time for time in self._times(now) if idle is None or time.at <= now + idle]
+        first = times[0] if times else None
         try:
-            await workflow.wait_condition(self._has_something_to_do, timeout=timeout, timeout_summary=summary)
+            await workflow.wait_condition(
+                self._has_something_to_do,
+                timeout=first.at - now if first else idle,
+                timeout_summary=first.what if first else "hibernate, if nothing comes",
+            )
         except TimeoutError:
-            return wakes
+            return first is not None
         return True
+
+    def _times(self, now: datetime) -> list[_Time]:
+        """When there is something to do though nothing comes, the soonest first."""
+        times = []
+        first = next_due(self._state.wake_ups)
+        if first and first.due:
+            times.append(_Time(first.due, "wake itself"))
+        hush = self._state.hush_at(now)
+        if hush and hush.quiet and self._state.mailbox.waiting and not self._state.paused:
+            times.append(_Time(hush.until, "quiet hours"))
+        return sorted(times)
 
     def _may_work(self) -> bool:
         held = self._state.paused or (self._state.stopping and not self._is_draining and self._state.fits)
-        return self._state.current is not None or bool(self._state.mailbox.ready and not held)
+        return self._state.current is not None or bool(not held and self._may_be_disturbed())
+
+    def _may_be_disturbed(self) -> bool:
+        """Whether there is mail that may be taken now, or may be when the agent has looked at the clock."""
+        return self._state.mailbox.is_ready(self._state.quiet_at(workflow.now()))
 
     def _may_close(self) -> bool:
         in_hand = self._state.current is not None and not self._state.is_over_budget
-        has_work = in_hand or (self._is_draining and self._state.mailbox.ready)
+        has_work = in_hand or (self._is_draining and self._may_be_disturbed())
         return self._state.stopping is not None and not has_work and self._state.fits
 
     @property

@@ -33,6 +33,7 @@ from workflows.messages import (
     ToolRequest,
     ToolResult,
 )
+from workflows.quiet_hours import Hush, LookRequest
 from workflows.spec import ControlSpec, ToolControl
 from workflows.state import AgentState, Snapshot
 
@@ -194,6 +195,11 @@ class ClockActivities(ABC):
     @abstractmethod
     async def deliver(self, mail: Mail) -> None:
         """Put events into an agent's mailbox, waking or starting it; durable when it returns."""
+
+    @activity.defn(name="look_at_clock")
+    @abstractmethod
+    async def look_at_clock(self, request: LookRequest) -> Hush:
+        """Whether it is quiet at a time, by the rules of the time zone as they are known now."""
 
 
 class SpecActivities(ABC):

@@ -33,6 +33,7 @@ with workflow.unsafe.imports_passed_through():
         SpecRequest,
         Waits,
     )
+    from workflows.quiet_hours import LookRequest
     from workflows.spec import ControlSpec
     from workflows.state import AgentInput, AgentState
     from workflows.steering import Effect, effect
@@ -186,6 +187,13 @@ class Life:
         assert spec is not None, "load_spec answers when no spec is known"
         return spec
 
+    async def look_at_clock(self, spec: ControlSpec) -> None:
+        """Find out whether it is quiet, if the agent has quiet hours and what it knows of them has run out."""
+        if spec.quiet_hours is None or self.state.hush_at(workflow.now()):
+            return
+        request = LookRequest(hours=spec.quiet_hours, at=workflow.now())
+        self.state.hush = await self.quickly(interface.ClockActivities.look_at_clock, request, "is it quiet now?")
+
     async def quickly(
         self, method: MethodAsyncSingleParam[Any, _Request, _Result], request: _Request, summary: str
     ) -> _Result:
@@ -282,6 +290,17 @@ class Life:
                 raise
             self.state.note(workflow.now(), f"could not be published: {failure_message(error)}")
         self.state.outbox = self.state.outbox[len(messages) :]
+
+    async def tell_occurrences(self) -> None:
+        """Let the schedules' workflows end whose events have been answered; one that has given up needs no word."""
+        while self.state.occurrences:
+            occurrence = workflow.get_external_workflow_handle(self.state.occurrences[0])
+            try:
+                await occurrence.signal(names.ANSWERED)
+            except FailureError as error:
+                if is_cancelled_exception(error):
+                    raise
+            del self.state.occurrences[0]
 
     def show(self) -> None:
         """What the Web UI shows of this agent under "Current Details"."""

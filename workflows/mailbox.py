@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer
 
 from workflows import names
 from workflows.events import DIGEST_CHARACTERS, Event
+from workflows.quiet_hours import QuietHours
 
 _TURN_BYTES = 512 * 1024
 _LIFTED = -1
@@ -103,13 +104,13 @@ class Mailbox(BaseModel):
         self._forget(horizon)
         return duplicates
 
-    def take(self, turn: int, limit: int) -> list[Event]:
+    def take(self, turn: int, limit: int, quiet: QuietHours | None = None) -> list[Event]:
         """Take the next events for a turn: a question alone, since a person waits for it.
 
         Of others at most `limit`, and no more bytes than travel well: Temporal refuses what has 2 MB. Behind a hold
-        only questions are taken.
+        only questions are taken; in quiet hours questions, and what these let pass.
         """
-        start, end = self._next(limit)
+        start, end = self._next(limit, quiet)
         taken = self.waiting[start:end]
         del self.waiting[start:end]
         for event in taken:
@@ -120,7 +121,11 @@ class Mailbox(BaseModel):
     @property
     def ready(self) -> bool:
         """Whether there is something to take."""
-        start, end = self._next(1)
+        return self.is_ready(None)
+
+    def is_ready(self, quiet: QuietHours | None) -> bool:
+        """Whether there is something to take, in these quiet hours if it is quiet."""
+        start, end = self._next(1, quiet)
         return start < end
 
     @property
@@ -184,21 +189,30 @@ class Mailbox(BaseModel):
             self.drop({event.digest for event in events})
             self.seen.update({event.digest: turn for event in events})
 
-    def _next(self, limit: int) -> tuple[int, int]:
+    def _next(self, limit: int, quiet: QuietHours | None) -> tuple[int, int]:
         """From where to where the events of the next turn are waiting."""
-        if self.held:
-            asked = next((place for place, event in enumerate(self.waiting) if event.type in _FROM_PEOPLE), None)
-            return (0, 0) if asked is None else (asked, asked + 1)
+        start, is_held = self._first(quiet)
+        limit = 1 if is_held else limit
         count = total = 0
-        for event in self.waiting[:limit]:
+        for event in self.waiting[start : start + limit]:
             is_question = event.type == names.ASK_TYPE
             total += size(event)
-            if event.type == names.HOLD_TYPE or (count and (is_question or total > _TURN_BYTES)):
+            barred = event.type == names.HOLD_TYPE or not _passes(event, quiet)
+            if barred or (count and (is_question or total > _TURN_BYTES)):
                 break
             count += 1
             if is_question:
                 break
-        return 0, count
+        return start, start + count
+
+    def _first(self, quiet: QuietHours | None) -> tuple[int, bool]:
+        """Where the first event waits that may be taken, and whether behind a hold; the end, if there is none."""
+        is_held = False
+        for place, event in enumerate(self.waiting):
+            is_held = is_held or event.type == names.HOLD_TYPE
+            if event.type in _FROM_PEOPLE or (not is_held and _passes(event, quiet)):
+                return place, is_held
+        return len(self.waiting), is_held
 
     def _lift(self, digest: str) -> int | None:
         """Remove a hold; where it was, None if it is not there. One that is still on its way will hold nothing."""
@@ -216,3 +230,8 @@ class Mailbox(BaseModel):
             for digest in [digest for digest, turn in self.seen.items() if turn][:surplus]:
                 del self.seen[digest]
                 self.forgotten += 1
+
+
+def _passes(event: Event, quiet: QuietHours | None) -> bool:
+    """Whether it may be taken in these quiet hours; what people say always may."""
+    return quiet is None or event.type in _FROM_PEOPLE or quiet.lets_pass(event.type)

@@ -6,7 +6,7 @@ ignored. Conversations never pass through here: the workflow knows the ledger's 
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -477,6 +477,21 @@ class Mail(_Message):
     events: list[Event] = Field(default_factory=list)
 
 
+class Occurrence(_Message):
+    """What a schedule brings to an agent, each time: the argument of `OccurrenceWorkflow`."""
+
+    workflow_id: str
+    """The agent's."""
+    type: str
+    data: dict[str, JsonValue] = Field(default_factory=dict)
+    wait: timedelta = timedelta(days=1)
+    """How long the agent's answer is waited for; zero: not at all."""
+    when: str = ""
+    """The schedule's times, in words."""
+    written: str = ""
+    """The digest of the schedule as its spec has it."""
+
+
 class RecentItem(_Message):
     """A line of an agent's recent life, for the Web UI and `status`."""
 
@@ -491,7 +506,7 @@ class Status(_Message):
     doing: str
     """What the agent does now, in words."""
     state: str
-    """idle, working, waiting, over budget, paused, held or stopping."""
+    """idle, working, waiting, over budget, paused, held, quiet or stopping."""
     turn: int
     head: str | None
     waiting: int

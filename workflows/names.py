@@ -11,6 +11,7 @@ from urllib.parse import quote, unquote
 
 WORKFLOW_TYPE = "AgentWorkflow"
 ALARM_TYPE = "AlarmWorkflow"
+OCCURRENCE_TYPE = "OccurrenceWorkflow"
 
 # Signal, update and query names.
 DELIVER = "deliver"
@@ -28,6 +29,7 @@ DECIDE = "decide"
 COMPLETE = "complete"
 STATUS = "status"
 SET_ALARM = "set"
+ANSWERED = "answered"
 
 # Types of the errors with which updates are refused.
 MOVING = "Moving"
@@ -91,6 +93,10 @@ HOLD_TYPE = "perennial.hold.v1"
 RELEASE_TYPE = "perennial.release.v1"
 HOLD_SOURCE = "perennial/dead-letters"
 
+# Type and source of the events that come by a schedule.
+SCHEDULE_TYPE = "perennial.schedule.v1"
+SCHEDULE_SOURCE = "perennial/schedules"
+
 # What an MCP server finds a call's idempotency key under, in the request's `_meta`.
 IDEMPOTENCY_META = "perennial/idempotencyKey"
 
@@ -112,6 +118,7 @@ OVER_BUDGET = "over budget"
 
 _ID_PREFIX = "agent"
 _TEAM_PREFIX = "team"
+_SCHEDULE_PREFIX = "schedule"
 _MAX_ID_BYTES = 1000  # Temporal's limit.maxIDLength
 
 
@@ -197,6 +204,37 @@ def wake_id(agent: str, wake_up: str) -> str:
 def alarm_id(agent: str) -> str:
     """The workflow id of the alarm that wakes this agent while it hibernates: `alarm/{tenant}/{agent}/{key}`."""
     return f"alarm{agent.removeprefix(_ID_PREFIX)}"
+
+
+class ScheduleId(NamedTuple):
+    """Which schedule of which agent."""
+
+    tenant: str
+    agent: str
+    name: str
+
+
+def schedule_id(schedule: ScheduleId) -> str:
+    """The id of a Temporal Schedule: `schedule/{tenant}/{agent}/{name}`, parts percent-encoded.
+
+    Temporal makes the ids of its occurrences from it: `{schedule id}-{time}`.
+    """
+    return "/".join((_SCHEDULE_PREFIX, *(quote(part, safe="") for part in schedule)))
+
+
+def parse_schedule_id(text: str) -> ScheduleId | None:
+    """The parts of a schedule's id, the inverse of `schedule_id`; None if it is not one of ours."""
+    parts = text.split("/")
+    if len(parts) != 1 + len(ScheduleId._fields) or parts[0] != _SCHEDULE_PREFIX or not all(parts):
+        return None
+    return ScheduleId(*(unquote(part) for part in parts[1:]))
+
+
+def is_occurrence_for(agent: str, source: str, event: str) -> bool:
+    """Whether this event came to an agent by one of its own schedules; then its id is the occurrence's."""
+    address = parse_workflow_id(agent)
+    place = schedule_id(ScheduleId(address.tenant, address.agent, ""))
+    return source == SCHEDULE_SOURCE and event.startswith(place)
 
 
 def memory_place(address: Address, scope: str, team: str | None = None) -> str:

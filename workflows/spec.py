@@ -18,6 +18,9 @@
     memory:
       read: [key, tenant]
     wake_ups: {} # it may wake itself, at a time or when an event comes
+    quiet_hours: {from: "22:00", to: "07:00", time_zone: Europe/Lisbon} # it begins no turn then
+    schedules: # what comes to it by the clock, see workflows.schedule
+      - {name: morning-review, cron: 0 8 * * mon-fri, time_zone: Europe/Lisbon, key: all, text: What came in?}
     reply: # answers are JSON that this schema describes
       schema: {type: object, properties: {urgent: {type: boolean}}, required: [urgent]}
     budget:
@@ -53,6 +56,8 @@ from pydantic import (
 
 from workflows.approval import ApprovalPolicy, Condition, Rule
 from workflows.budget import Limit
+from workflows.quiet_hours import QuietHours
+from workflows.schedule import ScheduleSpec
 from workflows.steering import TurnRule
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
@@ -357,6 +362,10 @@ class _MemorySection(MemorySpec, _Strict):
     pass
 
 
+class _QuietHoursSection(QuietHours, _Strict):
+    pass
+
+
 class _WakeUpsSection(WakeUpsSpec, _Strict):
     pass
 
@@ -379,6 +388,10 @@ class AgentSpec(_Strict):
     context: _ContextSection = _ContextSection()
     memory: _MemorySection | None = None
     """What it may keep and be reminded of, beyond its conversation; `memory: {}` is the usual. None: nothing."""
+    schedules: list[ScheduleSpec] = Field(default_factory=list)
+    """What comes to it by the clock."""
+    quiet_hours: _QuietHoursSection | None = None
+    """When it begins no turn, save for questions by people and the types that are excepted."""
     wake_ups: _WakeUpsSection | None = None
     """How it may wake itself, at a time or when an event comes; `wake_ups: {}` is the usual. None: not at all."""
     reply: ReplySpec | None = None
@@ -391,6 +404,14 @@ class AgentSpec(_Strict):
     `strict`, producers set the record's key to the agent's."""
     hibernate_after_seconds: float | None = Field(None, gt=0)
     """After how long without mail the agent's workflow closes, keeping its snapshot; None: it stays open."""
+
+    @model_validator(mode="after")
+    def _names_no_schedule_twice(self) -> Self:
+        named = [schedule.name for schedule in self.schedules]
+        twice = sorted({name for name in named if named.count(name) > 1})
+        if twice:
+            raise ValueError(f"there are two schedules named {', '.join(twice)}; give each its own name")
+        return self
 
 
 class ListedTool(_Carried):
@@ -457,6 +478,7 @@ class ResolvedSpec(_Carried):
     context: ContextSpec = ContextSpec()
     memory: MemorySpec | None = None
     wake_ups: WakeUpsSpec | None = None
+    quiet_hours: QuietHours | None = None
     reply: ReplyForm | None = None
     stream: bool = False
     hibernate_after: timedelta | None = None
@@ -471,6 +493,7 @@ class ResolvedSpec(_Carried):
             compact=self.context.compact,
             repairs=self.reply.repairs if self.reply else 0,
             wake_ups=self.wake_ups,
+            quiet_hours=self.quiet_hours,
             tools={
                 tool.name: ToolControl(
                     timeout=tool.timeout,
@@ -515,4 +538,5 @@ class ControlSpec(_Carried):
     repairs: int = 0
     """How often an answer that does not fit its schema may be sent back in one turn."""
     wake_ups: WakeUpsSpec | None = None
+    quiet_hours: QuietHours | None = None
     tools: dict[str, ToolControl] = Field(default_factory=dict)

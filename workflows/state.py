@@ -29,6 +29,7 @@ from workflows.messages import (
     Waits,
     WakeUp,
 )
+from workflows.quiet_hours import Hush, QuietHours
 from workflows.repeats import Repeat
 from workflows.spec import ControlSpec
 from workflows.wake_ups import described, next_due
@@ -115,6 +116,10 @@ class AgentState(BaseModel):
     """Of calls that have waited, the newest."""
     wake_ups: list[WakeUp] = Field(default_factory=list)
     """When the agent wakes itself."""
+    hush: Hush | None = None
+    """Whether it was quiet when the agent last looked at the clock, and until when that stays so."""
+    occurrences: list[str] = Field(default_factory=list)
+    """Of schedules, which have been answered and are not told so yet."""
     usage: Usage = Usage()
     cost: Cost = Cost()
     model_calls: int = 0
@@ -126,7 +131,7 @@ class AgentState(BaseModel):
     def begin_turn(self, now: datetime, limit: int) -> CurrentTurn:
         """Take waiting events into a new turn."""
         self.turn += 1
-        events = self.mailbox.take(self.turn, limit)
+        events = self.mailbox.take(self.turn, limit, self.quiet_at(now))
         references = [EventReference(source=event.source, id=event.id, type=event.type) for event in events]
         self.current = CurrentTurn(number=self.turn, started=now, answers=references, events=events)
         for event in events:
@@ -185,6 +190,17 @@ class AgentState(BaseModel):
         self.head = rewound.head
         self.rewound = rewound.number
 
+    def hush_at(self, now: datetime) -> Hush | None:
+        """What the agent knows of its quiet hours now; None: it has none, or has to look at the clock."""
+        hours = self.spec.quiet_hours if self.spec else None
+        known = self.hush if self.hush and self.hush.hours == hours else None
+        return known if known and now < known.until else None
+
+    def quiet_at(self, now: datetime) -> QuietHours | None:
+        """The quiet hours, if it is known to be quiet now."""
+        hush = self.hush_at(now)
+        return hush.hours if hush and hush.quiet else None
+
     @property
     def is_over_budget(self) -> bool:
         """Whether the turn in progress waits for the budget."""
@@ -229,19 +245,25 @@ class AgentState(BaseModel):
         self.recent = [*self.recent, RecentItem(at=now, text=line)][-_RECENT:]
 
     def activity(self) -> tuple[str, str]:
-        """The agent's state in a word or two (working, waiting, over budget, paused, held, idle) and in a sentence."""
+        """The agent's state in a word or two, and in a sentence: stopping, its turn's, paused, or its mail's."""
         if self.stopping is not None:
             return "stopping", f"stopping{_by(self.stopping)}; what is in hand is finished first{_for(self.open_calls)}"
         if self.current is not None:
             return self.current.activity()
         if self.paused is not None:
             return "paused", f"paused{_by(self.paused)}; {len(self.mailbox.waiting)} events wait"
+        return self._mail()
+
+    def _mail(self) -> tuple[str, str]:
+        """What it does while it may take mail: held, quiet, working or idle."""
         if self.mailbox.held and not self.mailbox.ready:
             behind = len(self.mailbox.waiting) - 1
             return (
                 "held",
                 f"{behind} events wait behind the dead letter from {self.mailbox.held.id}: redrive or drop it",
             )
+        if self.mailbox.waiting and self.hush and self.hush.quiet and not self.mailbox.is_ready(self.hush.hours):
+            return "quiet", f"quiet until {self.hush.until:%Y-%m-%d %H:%M} UTC; {len(self.mailbox.waiting)} events wait"
         if self.mailbox.waiting:
             return "working", f"about to take {len(self.mailbox.waiting)} waiting events"
         first = next_due(self.wake_ups)

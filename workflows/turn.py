@@ -51,6 +51,8 @@ class Turns:
     async def take(self) -> None:
         """Take mail, think and act until there is an answer. A turn may be spread over several runs.
 
+        In quiet hours none may begin.
+
         An agent that is asked to stop while its turn waits for the budget keeps the turn for later.
         """
         turn = self._state.current
@@ -58,7 +60,11 @@ class Turns:
             spec = await self._life.newest_spec()
             while self._life.rewinding.locked():
                 await workflow.wait_condition(lambda: not self._life.rewinding.locked())
+            await self._life.look_at_clock(spec)
             self._life.sort_mail()
+            quiet = self._state.quiet_at(workflow.now())
+            if quiet and not self._state.mailbox.is_ready(quiet):
+                return
             turn = self._state.begin_turn(workflow.now(), spec.mailbox.events_per_turn)
         try:
             decision = await self._steps(turn)
@@ -184,6 +190,11 @@ class Turns:
             entry=decision.head or None,
         )
         self._state.end_turn(workflow.now(), reply)
+        self._state.occurrences += [
+            answered.id
+            for answered in turn.answers
+            if names.is_occurrence_for(self._life.id, answered.source, answered.id)
+        ]
         for reference in turn.answers:
             digest = reference.digest
             if digest in self._life.asking:

@@ -10,7 +10,6 @@ half-way. When one is due, or the event has come that it waits for, it becomes a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
@@ -19,6 +18,7 @@ from typing import Annotated, NamedTuple
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from workflows import names
+from workflows.durations import duration
 from workflows.events import Event, EventReference
 from workflows.messages import ToolCall, WakeUp
 from workflows.spec import ToolDefinition
@@ -26,13 +26,6 @@ from workflows.spec import ToolDefinition
 LONGEST = timedelta(days=5 * 366)
 _SOONEST = timedelta(seconds=1)
 _NOTE_CHARACTERS = 1000
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
-_PART = re.compile(
-    r"(?P<number>\d{1,9}(?:\.\d{1,6})?)\s*"
-    r"(?P<unit>s(?:ec(?:ond)?s?)?|m(?:in(?:ute)?s?)?|h(?:(?:ou)?rs?)?|d(?:ays?)?|w(?:eeks?)?)",
-    re.IGNORECASE,
-)
-_BETWEEN = re.compile(r"\s*(?:,|and)?\s*", re.IGNORECASE)
 _UNSEEN = (names.WAKE_TYPE, names.HOLD_TYPE, names.RELEASE_TYPE)
 """No event of these types wakes an agent by its type: they are its own, or tell of no event at all."""
 
@@ -148,25 +141,6 @@ def next_due(wake_ups: Sequence[WakeUp]) -> WakeUp | None:
     """The one whose time comes first; None if none waits for a time."""
     timed = [(wake_up.due, place, wake_up) for place, wake_up in enumerate(wake_ups) if wake_up.due]
     return min(timed)[-1] if timed else None
-
-
-def duration(text: str) -> timedelta:
-    """A duration as people write it: `3 days`, `1h30m`, `2 weeks and 1 day`; a bare number is seconds.
-
-    Raises:
-        ValueError: it is none.
-    """
-    text = text.strip()
-    if re.fullmatch(r"\d{1,9}(\.\d{1,6})?", text):
-        return timedelta(seconds=float(text))
-    total, place = 0.0, 0
-    while match := _PART.match(text, place):
-        total += float(match["number"]) * _SECONDS[match["unit"][0].lower()]
-        between = _BETWEEN.match(text, match.end())
-        place = between.end() if between else match.end()
-    if not text or place < len(text):
-        raise ValueError(f'{text!r} is no duration; write it as in "3 days", "1 h 30 min", "2 weeks", or in seconds')
-    return timedelta(seconds=total)
 
 
 def shown(at: datetime) -> str:

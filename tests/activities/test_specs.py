@@ -121,6 +121,20 @@ def test_a_folder_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> 
         ),
         ("name: desk\ninstructions: x\nteam: Parcels!\n", ":3: team: String should match pattern"),
         (
+            "name: desk\ninstructions: x\nschedules: [{name: a, cron: '@daily', time_zone: Europe/Atlantis}]\n",
+            ":3: schedules.0: no time zone is named 'Europe/Atlantis'; name one as in Europe/Lisbon",
+        ),
+        (
+            "name: desk\ninstructions: x\nquiet_hours: {from: '22:00', to: '07:00', time_zone: Atlantis}\n",
+            ":3: quiet_hours: no time zone is named 'Atlantis'; name one as in Europe/Lisbon",
+        ),
+        ("name: desk\ninstructions: x\nquiet_hours: {from: 22:00, to: '07:00'}\n", ":3: quiet_hours.from: "),
+        ("name: desk\ninstructions: x\nquiet_hours: {form: '22:00', to: '07:00'}\n", ":3: quiet_hours.from: "),
+        (
+            "name: desk\ninstructions: x\nschedules:\n  - {name: nightly, cron: 61 3 * * *}\n",
+            ":4: schedules.0: Value error, '61' is not between 0 and 59",
+        ),
+        (
             "name: desk\ninstructions: x\nreply:\n  schema: {type: objekt}\n",
             ":4: reply: not a JSON Schema: $.type: 'objekt' is not valid",
         ),

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from servers import eventually
 from stack import Stack
+from talking import ask
 from temporalio.client import WorkflowExecutionStatus
+from temporalio.service import RPCError
 from traffic import letter, workflow_of
 
 from activities.entries import Entry
 from workers.embedded import AGENT
 from workflows import names
+from workflows.messages import Status
 
-_AWAKE, _ASLEEP = "customer-service", "night-desk"
+_AWAKE, _ASLEEP, _QUIET = "customer-service", "night-desk", "day-desk"
 _SPEC = """
 name: {name}
 tenant: store
@@ -36,6 +41,10 @@ async def stack(tmp_path: Path) -> AsyncIterator[Stack]:
     specs.mkdir()
     for name, idle in ((_AWAKE, "null"), (_ASLEEP, "0.5")):
         (specs / f"{name}.yaml").write_text(_SPEC.format(name=name, idle=idle))
+    now = datetime.now(UTC)
+    hours = {"from": f"{now - timedelta(hours=1):%H:%M}", "to": f"{now + timedelta(seconds=90):%H:%M}"}
+    quiet = f"{_SPEC}quiet_hours: {json.dumps(hours).replace('{', '{{').replace('}', '}}')}\n"
+    (specs / "quiet.yaml").write_text(quiet.format(name=_QUIET, idle="null"))
     async with Stack(tmp_path / "state", specs=specs) as running:
         yield running
 
@@ -70,4 +79,28 @@ async def test_a_wake_up_rings_once_though_its_worker_was_killed(stack: Stack, a
     (entry,) = await woken(stack, agent)
     assert entry.turn == 2
     assert stack.replies(KEY, agent)[1] == "I am awake."
+    assert (await stack.tally()).kept
+
+
+@pytest.mark.timeout(240)
+async def test_mail_that_waits_for_the_end_of_quiet_hours_is_answered_then_though_the_worker_was_killed(
+    stack: Stack,
+) -> None:
+    """P1, P6: a question is answered meanwhile; the rest in its turn, once."""
+    await stack.send(letter(KEY, "[[say Good morning.]] Hello?", agent=_QUIET))
+    handle = stack.client.get_workflow_handle(workflow_of(KEY, _QUIET))
+
+    async def is_quiet() -> bool:
+        with contextlib.suppress(RPCError):  # it is not there yet, or its worker is not
+            status: Status = await handle.query(names.STATUS, result_type=Status)
+            return status.state == "quiet"
+        return False
+
+    await eventually(is_quiet)
+    stack.kill(AGENT)
+    await stack.ready_again(AGENT)
+    assert (await ask(stack.client, handle.id, stack.settings.task_queue, "[[say Yes.]] Are you up?")).text == "Yes."
+    assert stack.replies(KEY, _QUIET) in ([], ["Yes."])
+    await stack.all_answered(150)
+    assert stack.replies(KEY, _QUIET) == ["Yes.", "Good morning."]
     assert (await stack.tally()).kept

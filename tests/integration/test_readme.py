@@ -120,7 +120,8 @@ TOUR = [
     ("ask security", ['"verdict": "harmless"', "The last login was from"]),
     ("send", []),
     ("ask logistics", ["order-1008 is delayed"]),
-    ("show logistics", ["flag_shipment", "calls: track_parcel"]),
+    ("show logistics", ["flag_shipment", "calls: track_parcel", "wakes    when store.order.delivered comes, or at "]),
+    ("schedules list", ["store/security/morning-handover", "0 7 * * *", "store/security/duty-officer"]),
     ("agents", ["store/security/customer-07", "store/logistics/order-1008", "store/customer-service/what-if"]),
     ("doctor", []),
 ]

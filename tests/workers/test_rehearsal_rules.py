@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -27,6 +27,7 @@ from workflows import names, repair
 from workflows.approval import ApprovalPolicy, Permission, judge
 from workflows.events import Event
 from workflows.spec import MemorySpec
+from workflows.wake_ups import definitions
 
 NOTHING_BEFORE = Before([], Counter())
 
@@ -310,6 +311,7 @@ TOOLS = (
     "send_text_message",
     "track_parcel",
     *(tool.name for tool in memory_tools(MemorySpec())),
+    *(tool.name for tool in definitions()),
 )
 
 
@@ -341,18 +343,20 @@ def test_every_event_of_the_demo_meets_a_rule() -> None:
         applied = store.find(told, TOOLS, NOTHING_BEFORE)
         assert applied is not None, one
         met.add(applied.rule.name)
-    about_events = {rule.name for rule in store.rules if rule.when.event != names.ASK_TYPE}
+    about_events = {rule.name for rule in store.rules if rule.when.event not in {names.ASK_TYPE, names.WAKE_TYPE}}
     assert met == about_events
 
 
 def test_a_call_of_the_demo_has_arguments_that_its_tool_knows() -> None:
     """The rules call the store's tools as these are declared, and what they mention of an event is in the events."""
     store, _ = documents.read(STORE, Rules)
-    of_memory = {tool.name: set(properties(tool)) for tool in memory_tools(MemorySpec())}
+    built_in = {tool.name: set(properties(tool)) for tool in memory_tools(MemorySpec())}
+    for tool in definitions():
+        built_in[tool.name] = set(cast("dict[str, JsonValue]", tool.parameters["properties"]))
     for rule in store.rules:
         for call in rule.calls:
             home = demo_carrier if call.tool == "track_parcel" else demo_store
-            known = of_memory.get(call.tool) or set(getattr(home, call.tool).__annotations__) - {"return"}
+            known = built_in.get(call.tool) or set(getattr(home, call.tool).__annotations__) - {"return"}
             assert set(call.arguments) <= known, (rule.name, call.tool)
     fields = {name for one in demo_events() if isinstance(one.data, dict) for name in one.data}
     rules_only = "\n".join(line for line in STORE.read_text(encoding="utf-8").splitlines() if "#" not in line)

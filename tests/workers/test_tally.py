@@ -109,6 +109,19 @@ def test_a_call_that_the_provider_was_asked_for_when_its_answer_was_recorded_is_
     assert (run.count().paid_twice, run.count().kept) == (None, True), "a provider that does not count"
 
 
+def test_what_agents_wake_themselves_with_was_not_sent_to_them() -> None:
+    """It is no event that ingest has accepted, and neither is that of a schedule; answered twice, both would count."""
+    run = Run([line(1)])
+    agent = run.entries[0].workflow_id
+    own = EventReference(source=agent, id=names.wake_id(agent, "1-1-0"), type=names.WAKE_TYPE)
+    timed = EventReference(source=names.SCHEDULE_SOURCE, id="schedule/store/desk/a-2026", type=names.SCHEDULE_TYPE)
+    run.entries += [run.entries[0].model_copy(update={"turn": 2, "answers": [own, timed]})]
+    tally = run.count()
+    assert (tally.accepted, tally.woken, tally.answered_twice, tally.kept) == (1, 1, 0, True)
+    run.entries += [run.entries[1].model_copy(update={"turn": 3, "answers": [own]})]
+    assert run.count().answered_twice == 1
+
+
 def test_an_event_for_two_agents_counts_at_each() -> None:
     """It is answered by both; that is no second answer, and one of them silent is a loss."""
     run = Run([line(1)], DESK, AUDIT)

@@ -29,6 +29,7 @@ from workflows.messages import (
     TurnOutcome,
     Usage,
     Waits,
+    WakeUp,
 )
 from workflows.spec import Scope
 from workflows.state import AgentState
@@ -299,6 +300,25 @@ def test_an_agent_with_a_call_that_waits_is_shown_with_the_command_that_settles_
     lines = [line.plain for line in views.report(told)]
     place = next(number for number, line in enumerate(lines) if line.startswith(expected[0]))
     assert lines[place + 1] == expected[1]
+
+
+def test_an_agent_is_shown_with_its_wake_ups_also_asleep() -> None:
+    """Issue 4, point 6: when, and what for."""
+    due = datetime(2026, 3, 2, 9, tzinfo=UTC)
+    wake_up = WakeUp(id="3-1-0", note="is the parcel there?", set_at=CALL.since, due=due, when="store.parcel.*")
+    told = AgentReport(
+        agent=WHO,
+        workflow_id=WORKFLOW_ID,
+        state="asleep",
+        awake=False,
+        since=None,
+        status=AgentState(wake_ups=[wake_up]).status(WORKFLOW_ID),
+        steps=0,
+        transcript=[],
+        link="http://127.0.0.1:8233/x",
+    )
+    expected = "when store.parcel.* comes, or at 2026-03-02T09:00:00+00:00 at the latest: is the parcel there?"
+    assert f"  wakes    {expected}" in [line.plain for line in views.report(told)]
 
 
 def test_what_was_decided_is_a_row_and_a_line() -> None:

@@ -36,6 +36,7 @@ from workflows.messages import (
     DecideRequest,
     Decision,
     Intervention,
+    Occurrence,
     Reply,
     RewindRequest,
     Rewound,
@@ -48,6 +49,7 @@ from workflows.messages import (
     ToolResult,
 )
 from workflows.names import Address
+from workflows.quiet_hours import Hush, LookRequest, QuietHours
 from workflows.spec import BudgetSpec, ControlSpec, MailboxSpec, ToolControl
 from workflows.state import AgentInput
 from workflows.steering import Effect
@@ -570,6 +572,48 @@ async def alarmed(life: Life) -> None:
     await life.handle.result()
 
 
+async def scheduled(life: Life) -> None:
+    """An event comes by a schedule, whose workflow ends when it is answered; one has given up waiting."""
+    schedule = names.schedule_id(names.ScheduleId(life.address.tenant, life.address.agent, life.name))
+    occurrence = Occurrence(
+        workflow_id=names.workflow_id(life.address), type=names.SCHEDULE_TYPE, data={"text": "Look."}
+    )
+    first = await life.client.start_workflow(
+        names.OCCURRENCE_TYPE, occurrence, id=f"{schedule}-2026-03-01T09:00:00Z", task_queue=_QUEUE
+    )
+    await first.result()
+    await life.replies(1)
+    await life.steer(names.PAUSE)
+    impatient = occurrence.model_copy(update={"wait": timedelta(seconds=1)})
+    second = await life.client.start_workflow(
+        names.OCCURRENCE_TYPE, impatient, id=f"{schedule}-2026-03-02T09:00:00Z", task_queue=_QUEUE
+    )
+    await second.result()
+    await life.steer(names.RESUME)
+    await life.replies(2)
+    await life.stop()
+
+
+async def quiet(life: Life) -> None:
+    """Mail waits for the end of quiet hours, also for the end of the next ones; a question does not."""
+
+    def look(request: LookRequest) -> Hush:
+        is_quiet = len(life.world.looks) in {1, 3}
+        until = request.at + timedelta(seconds=3 if is_quiet else 1)
+        return Hush(hours=request.hours, quiet=is_quiet, until=until)
+
+    life.world.look_with = look
+    hours = QuietHours(start="22:00", end="07:00")
+    life.world.spec = ControlSpec(digest="s", quiet_hours=hours, hibernate_after=timedelta(seconds=2))
+    await life.deliver(event(1))
+    await life.ask("q-1")
+    await life.replies(2)
+    await life.handle.result()
+    await life.deliver(event(2))
+    await life.replies(3)
+    await life.handle.result()
+
+
 _STACK_TRACE = re.compile(r'"stackTrace": "(?:[^"\\]|\\.)*"')
 
 LIVES: tuple[Callable[[Life], Awaitable[None]], ...] = (
@@ -599,6 +643,8 @@ LIVES: tuple[Callable[[Life], Awaitable[None]], ...] = (
     joined,
     interrupted,
     drained,
+    scheduled,
+    quiet,
 )
 
 
@@ -619,6 +665,9 @@ async def record(wanted: list[str]) -> None:
             agent = names.workflow_id(life.address)
             await _write(client, agent, name)
             await _write(client, names.alarm_id(agent), f"{name}_alarm")
+            for number in (1, 2):
+                schedule = names.schedule_id(names.ScheduleId("recorded", "desk", name))
+                await _write(client, f"{schedule}-2026-03-0{number}T09:00:00Z", f"{name}_occurrence_{number}")
 
 
 async def _write(client: Client, workflow_id: str, name: str) -> None:

@@ -17,6 +17,10 @@ GOLDEN = {
     "WORKFLOW_TYPE": "AgentWorkflow",
     "ALARM_TYPE": "AlarmWorkflow",
     "SET_ALARM": "set",
+    "OCCURRENCE_TYPE": "OccurrenceWorkflow",
+    "ANSWERED": "answered",
+    "SCHEDULE_TYPE": "perennial.schedule.v1",
+    "SCHEDULE_SOURCE": "perennial/schedules",
     "WAKE_TYPE": "perennial.wake.v1",
     "WAKE_ME": "wake_me",
     "LIST_WAKE_UPS": "list_wake_ups",
@@ -131,6 +135,8 @@ def test_ids_of_what_an_agent_produces_never_change() -> None:
     assert names.delta_id(agent, 3, 2, 1, 7) == "agent/acme/logistics/order-42/3/2/1/7"
     assert names.wake_id(agent, "3-2-0") == "agent/acme/logistics/order-42/wake/3-2-0"
     assert names.alarm_id(agent) == "alarm/acme/logistics/order-42"
+    schedule = names.ScheduleId("acme", "logistics", "a/b")
+    assert names.schedule_id(schedule) == "schedule/acme/logistics/a%2Fb"
     assert names.model_queue("perennial") == "perennial.models"
 
 
@@ -219,3 +225,23 @@ def test_a_call_s_key_is_taken_apart_again(address: Address, turn: int, step: in
 def test_what_is_no_call_s_key_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected agent/"):
         names.parse_call_key(text)
+
+
+@given(PARTS, PARTS, PARTS)
+def test_a_schedule_s_id_says_whose_it_is(tenant: str, agent: str, name: str) -> None:
+    schedule = names.ScheduleId(tenant, agent, name)
+    assert names.parse_schedule_id(names.schedule_id(schedule)) == schedule
+
+
+@pytest.mark.parametrize("text", ["", "nightly", "schedule/a/b", "schedule/a/b/c/d", "schedule/a//c", "agent/a/b/c"])
+def test_a_schedule_of_somebody_else_is_none_of_ours(text: str) -> None:
+    assert names.parse_schedule_id(text) is None
+
+
+def test_an_agent_knows_the_occurrences_of_its_schedules() -> None:
+    """It lets no workflow end that is another's, whatever an event from outside says."""
+    agent, occurrence = "agent/acme/desk/all", "schedule/acme/desk/nightly-2026-03-01T09:00:00Z"
+    assert names.is_occurrence_for(agent, names.SCHEDULE_SOURCE, occurrence)
+    assert not names.is_occurrence_for(agent, "somebody", occurrence)
+    assert not names.is_occurrence_for(agent, names.SCHEDULE_SOURCE, "schedule/acme/desk-2/nightly-2026")
+    assert not names.is_occurrence_for(agent, names.SCHEDULE_SOURCE, "agent/acme/desk/all")

@@ -21,6 +21,7 @@ from workflows import names
 from workflows.agent import AgentWorkflow
 from workflows.alarm import AlarmWorkflow
 from workflows.messages import Decision
+from workflows.occurrence import OccurrenceWorkflow
 from workflows.state import AgentInput, CurrentTurn
 from workflows.turn import Turns
 
@@ -53,6 +54,10 @@ LIVES = (
     "joined",
     "interrupted",
     "drained",
+    "scheduled",
+    "scheduled_occurrence_1",
+    "scheduled_occurrence_2",
+    "quiet",
 )
 
 
@@ -86,9 +91,8 @@ def history(file: Path) -> WorkflowHistory:
 
 
 async def replay(file: Path, agent: type[AgentWorkflow], runner: WorkflowRunner) -> None:
-    replayer = Replayer(
-        workflows=[agent, AlarmWorkflow], data_converter=pydantic_data_converter, workflow_runner=runner
-    )
+    workflows = [agent, AlarmWorkflow, OccurrenceWorkflow]
+    replayer = Replayer(workflows=workflows, data_converter=pydantic_data_converter, workflow_runner=runner)
     await replayer.replay_workflow(history(file))
 
 

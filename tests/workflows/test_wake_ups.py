@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workflows import names
+from workflows.durations import duration
 from workflows.messages import ToolCall, WakeUp
-from workflows.wake_ups import LONGEST, definitions, described, due, duration, next_due, use
+from workflows.wake_ups import LONGEST, definitions, described, due, next_due, use
 
 NOW = datetime(2026, 3, 1, 9, tzinfo=UTC)
 AGENT = "agent/acme/logistics/order-42"
