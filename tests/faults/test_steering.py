@@ -18,6 +18,8 @@ _SPEC = """
 name: customer-service
 tenant: store
 instructions: You answer customers.
+tools:
+  - python: activities.demo_store:look_up_order
 mailbox:
   during_turn:
     - {types: [test.urgent], then: interrupt}
@@ -41,6 +43,10 @@ async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack
 
 def urgent(key: str, text: str) -> bytes:
     return json.dumps({**json.loads(letter(key, text)), "type": "test.urgent"}).encode()
+
+
+def note(key: str, text: str) -> bytes:
+    return json.dumps({**json.loads(letter(key, text)), "type": "test.note"}).encode()
 
 
 async def counted(stack: Stack, key: str) -> list[tuple[int, int]]:
@@ -79,6 +85,27 @@ async def test_whatever_dies_while_a_turn_is_interrupted_each_event_is_answered_
     await stack.ready_again(process)
     await stack.all_answered()
     assert stack.replies(key) == ["I have thought about it.\n\nNow.", "And then."]
+    tally = await stack.tally()
+    assert tally.kept, tally
+
+
+@pytest.mark.parametrize("process", [None, INGEST, AGENT, MODEL, TEMPORAL])
+async def test_what_joins_a_turn_is_answered_by_it_whatever_dies(stack: Stack, process: str | None) -> None:
+    """P1, P2, P6: it comes in the first of two model calls; what queues behind it is answered by the next turn."""
+    key = f"joins-{process or 'none'}"
+    look = '[[latency 4]] [[call look_up_order {"order_id": "order-1002"}]] [[say Looked.]]'
+    await stack.send(letter(key, look))
+    await stack.call_in_flight(key)
+    await stack.send(note(key, "[[say Noted.]]"), letter(key, "[[say And then.]]"))
+    if process:
+        stack.kill(process)
+        await stack.ready_again(process)
+    await stack.all_answered()
+    answers = [one.reply for one in stack.observer.answers if one.reply.workflow_id == workflow_of(key)]
+    told = {answer.id: (answer.text, len(answer.answers)) for answer in answers}
+    joined, late = [("Looked.\n\nNoted.", 2), ("And then.", 1)], [("Looked.", 1), ("Noted.\n\nAnd then.", 2)]
+    # Where ingest dies, it may be handed over when the turn is over.
+    assert list(told.values()) in ([joined, late] if process == INGEST else [joined])
     tally = await stack.tally()
     assert tally.kept, tally
 
