@@ -64,7 +64,7 @@ async def test_an_agent_killed_while_it_falls_asleep_forgets_nothing(stack: Stac
         if done:
             stack.kill(TEMPORAL, signal.SIGSTOP)
             kept = "SELECT count(*) FROM snapshots WHERE workflow_id = ?"
-            await eventually(lambda: database.execute(kept, [workflow_of(key)]).fetchone() == (1,))
+            await eventually(lambda: database.execute(kept, [workflow_of(key)]).fetchone() == (1,), 60)
         killed = (AGENT, TEMPORAL) if done else (AGENT,)
         for process in killed:
             stack.kill(process)

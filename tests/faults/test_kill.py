@@ -125,7 +125,7 @@ async def test_a_fact_is_kept_once_whatever_dies_while_it_is_kept(stack: Stack, 
         if done:
             stack.kill(TEMPORAL, signal.SIGSTOP)
             kept = "SELECT count(*) FROM facts WHERE workflow_id = ?"
-            await eventually(lambda: database.execute(kept, [workflow_of(key)]).fetchone() == (1,))
+            await eventually(lambda: database.execute(kept, [workflow_of(key)]).fetchone() == (1,), 60)
         killed = (AGENT, TEMPORAL) if done else (AGENT,)
         for process in killed:
             stack.kill(process)
