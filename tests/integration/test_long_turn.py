@@ -91,6 +91,10 @@ class Researcher:
             )
             parent = (await self.ledger.append(entry)).id
 
+    async def _newest(self) -> Entry | None:
+        """The newest entry."""
+        return next(iter(await self.ledger.transcript(self.id, limit=1)), None)
+
     async def read(self) -> Status:
         """Take the one turn."""
         return await self.take(1)
@@ -102,16 +106,19 @@ class Researcher:
         assert started.first_execution_run_id
         self.first_run = started.first_execution_run_id
         handle = self.client.get_workflow_handle(self.id)
-
-        calls = 0
+        newest = await self._newest()
+        last_turn = turns + (newest.turn if newest else 0)
 
         async def answered() -> Status | None:
-            nonlocal calls
+            # The ledger is asked first: a query that comes while the agent works takes a workflow task of its own.
+            nonlocal newest
+            newest = await self._newest()
+            if newest is None or newest.turn < last_turn or newest.answer is None or newest.answer.tool_calls:
+                return None
             status: Status = await handle.query(names.STATUS, result_type=Status)
-            calls = status.model_calls
             return status if status.replies >= turns else None
 
-        status = await eventually(answered, 60, progress=lambda: calls)
+        status = await eventually(answered, 60, progress=lambda: newest)
         assert status
         return status
 
