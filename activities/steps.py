@@ -49,7 +49,7 @@ def entry_of(  # noqa: PLR0913  # what an entry says of its call
 
 def references(request: ThinkRequest) -> list[EventReference]:
     """The events that are new in a step."""
-    return [EventReference(source=event.source, id=event.id, type=event.type) for event in request.events]
+    return [event.reference for event in request.events]
 
 
 def new_messages(request: ThinkRequest, reminder: list[Message] | None = None) -> list[Message]:

@@ -77,24 +77,10 @@ def steer(
 
     Nobody waits for an answer here; the turn's reply goes where it always goes. `perennial ask` asks and waits.
     """
-    from workers import operations, views
-
-    settings, output = Settings.load(), output_for(as_json=as_json)
-    address = resolved(settings, agent)
-    request = SteerRequest(text=text, interrupt=interrupt, by=user())
-
-    async def say() -> None:
-        client = await operations.connect(settings)
-        status = await operations.say(client, settings, address, request)
-        if output.as_json:
-            output.data(status)
-        else:
-            output.say(views.steered(operations.shown(address), names.STEER, status))
-
-    asyncio.run(say())
+    _intervene(agent, names.STEER, SteerRequest(text=text, interrupt=interrupt, by=user()), as_json=as_json)
 
 
-def _intervene(agent: str, update: str, intervention: Intervention, *, as_json: bool) -> None:
+def _intervene(agent: str, update: str, request: Intervention | SteerRequest, *, as_json: bool) -> None:
     from workers import operations, views
 
     settings, output = Settings.load(), output_for(as_json=as_json)
@@ -102,7 +88,10 @@ def _intervene(agent: str, update: str, intervention: Intervention, *, as_json: 
 
     async def intervene() -> None:
         client = await operations.connect(settings)
-        status = await operations.steer(client, settings, address, update, intervention)
+        if isinstance(request, SteerRequest):
+            status = await operations.say(client, settings, address, request)
+        else:
+            status = await operations.steer(client, settings, address, update, request)
         if output.as_json:
             output.data(status)
         else:

@@ -13,7 +13,7 @@ from temporalio.exceptions import ActivityError, is_cancelled_exception
 
 with workflow.unsafe.imports_passed_through():
     from workflows import interface, names
-    from workflows.events import Event, EventReference
+    from workflows.events import Event
     from workflows.life import Life
     from workflows.messages import CloseRequest, Decision, Interrupted, ThinkRequest
     from workflows.spec import ControlSpec
@@ -85,7 +85,7 @@ class Attending:
         )
         if decision.given_up and turn.cancelled is None:
             self._life.state.note(workflow.now(), f"turn {turn.number}, step {turn.step} interrupted: {why}")
-            references = [EventReference(source=one.source, id=one.id, type=one.type) for one in interrupting]
+            references = [event.reference for event in interrupting]
             told = Interrupted(turn=turn.number, step=turn.step, events=references)
             self._life.say(names.TURN_INTERRUPTED_TYPE, f"interrupted-{turn.step}", told.model_dump(mode="json"))
         return decision

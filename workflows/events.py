@@ -44,6 +44,11 @@ class Event(BaseModel):
         """The event's identity, (source, id), in 24 characters: what an agent remembers of events it has seen."""
         return event_digest(self.source, self.id)
 
+    @property
+    def reference(self) -> EventReference:
+        """The event without its data."""
+        return EventReference(source=self.source, id=self.id, type=self.type)
+
 
 def event_digest(source: str, event_id: str) -> str:
     """96 bits of the SHA-256 of (source, id), in hexadecimal; that pair is an event's identity (CloudEvents 1.0)."""

@@ -20,7 +20,7 @@ with workflow.unsafe.imports_passed_through():
     from workflows.budget import Cost, usd
     from workflows.calls import Waiting, settle
     from workflows.errors import failure_message
-    from workflows.events import Event, EventReference, Outgoing
+    from workflows.events import Event, Outgoing
     from workflows.messages import (
         CompleteRequest,
         DecideRequest,
@@ -105,8 +105,7 @@ class Life:
             if event.digest in self.asking:
                 self.rejected.add(event.digest)
                 continue
-            reference = EventReference(source=event.source, id=event.id, type=event.type)
-            self.say(names.REJECTED_TYPE, f"rejected-{event.digest}", reference.model_dump(mode="json"))
+            self.say(names.REJECTED_TYPE, f"rejected-{event.digest}", event.reference.model_dump(mode="json"))
 
     # Calls that wait -------------------------------------------------------------------------------------------------
 

@@ -132,7 +132,7 @@ class AgentState(BaseModel):
         """Take waiting events into a new turn."""
         self.turn += 1
         events = self.mailbox.take(self.turn, limit, self.quiet_at(now))
-        references = [EventReference(source=event.source, id=event.id, type=event.type) for event in events]
+        references = [event.reference for event in events]
         self.current = CurrentTurn(number=self.turn, started=now, answers=references, events=events)
         for event in events:
             self.note(now, f"← {event.type} {event.id}")
@@ -167,7 +167,7 @@ class AgentState(BaseModel):
     def join(self, now: datetime, turn: CurrentTurn, events: list[Event]) -> None:
         """Take events into the turn in progress."""
         turn.events += events
-        turn.answers += [EventReference(source=event.source, id=event.id, type=event.type) for event in events]
+        turn.answers += [event.reference for event in events]
         for event in events:
             self.note(now, f"← {event.type} {event.id}, into turn {turn.number}")
 

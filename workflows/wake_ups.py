@@ -19,7 +19,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstrai
 
 from workflows import names
 from workflows.durations import duration
-from workflows.events import Event, EventReference
+from workflows.events import Event
 from workflows.messages import ToolCall, WakeUp
 from workflows.spec import ToolDefinition
 
@@ -203,7 +203,7 @@ def _waits_for(wake_up: WakeUp, event: Event) -> bool:
 
 
 def _reference(event: Event) -> dict[str, str]:
-    return EventReference(source=event.source, id=event.id, type=event.type).model_dump()
+    return event.reference.model_dump()
 
 
 _Run = Callable[[_Arguments, str, list[WakeUp], int, datetime], tuple[list[WakeUp], str]]
